@@ -330,7 +330,10 @@ def remove_dir(path: str | Path) -> None:
         _step("rename")
         path.rename(trash)
         _step("rmtree")
-        shutil.rmtree(trash)
+        if trash.is_symlink():  # what it leads to is not ours to delete
+            trash.unlink()
+        else:
+            shutil.rmtree(trash)
         _fsync_dir(path.parent)
 
 

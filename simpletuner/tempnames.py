@@ -96,7 +96,7 @@ def clean_stale(parent: str | Path, is_locked: bool = False) -> list[Path]:
         try:
             if parsed.final_name is not None and not (parent / parsed.final_name).exists():
                 stale.rename(parent / parsed.final_name)
-            elif stale.is_dir():
+            elif stale.is_dir() and not stale.is_symlink():
                 shutil.rmtree(stale)
             else:
                 stale.unlink()

@@ -1,19 +1,24 @@
-"""Carries events from training to the sinks. A sink that breaks is dropped with a warning; training continues."""
+"""Carries events from training to the sinks. A sink that fails is warned about and asked again later; training
+continues."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 from simpletuner.errors import DataError
 from simpletuner.reporting.events import Event, Notice
 
+# How long a sink that failed is left alone: a disk that is full now may have room later.
+RETRY_SECONDS = 60.0
+
 
 class Sink(Protocol):
     """Shows or keeps events.
 
-    `failures` are the exceptions that the outside world can cause (disk full, connection lost): they cost the sink, not
-    the run. Anything else is a mistake in the sink and is raised.
+    `failures` are the exceptions that the outside world can cause (disk full, connection lost): they cost events of the
+    sink, not the run, and it must be able to go on after them. Anything else is a mistake in the sink and is raised.
     """
 
     name: str
@@ -34,7 +39,7 @@ class NoticeSource(Protocol):
 
 
 def failures_of(sink: Sink) -> tuple[type[Exception], ...]:
-    """What costs the sink and not the run; `storage` words what a disk refuses as a DataError."""
+    """What costs events of the sink and not the run; `storage` words what a disk refuses as a DataError."""
     return (*sink.failures, DataError)
 
 
@@ -48,14 +53,17 @@ class EventBus:
     def __init__(self, sinks: Iterable[Sink] = ()):
         self._sinks = list(sinks)
         self._notice_sources = [sink for sink in self._sinks if isinstance(sink, NoticeSource)]
+        self._next_tries: dict[int, float] = {}  # of sinks that have failed
 
     def emit(self, event: Event) -> None:
         """Show and keep `event`. Never raises for a sink's own failure."""
-        for sink in list(self._sinks):
+        for sink in self._sinks:
+            if self._next_tries.get(id(sink), 0.0) > time.monotonic():
+                continue
             try:
                 sink.handle(event)
             except failures_of(sink) as error:
-                self._drop(sink, error)
+                self._rest(sink, error)
         for source in self._notice_sources:
             for notice in source.take_notices():
                 self.emit(notice)
@@ -73,10 +81,13 @@ class EventBus:
                 for notice in sink.take_notices():
                     self.emit(notice)
 
-    def _drop(self, sink: Sink, error: Exception) -> None:
-        self._sinks.remove(sink)
-        self._notice_sources = [source for source in self._notice_sources if source is not sink]
-        self.emit(Notice("warning", f"{sink.name} stopped working ({error}); the run continues without it"))
+    def _rest(self, sink: Sink, error: Exception) -> None:
+        """Leave a sink alone for a while; its first failure is reported."""
+        is_first = id(sink) not in self._next_tries
+        self._next_tries[id(sink)] = time.monotonic() + RETRY_SECONDS
+        if is_first:
+            text = f"{sink.name} stopped working ({error}); the run continues, and it is tried again each minute"
+            self.emit(Notice("warning", text))
 
     def __enter__(self) -> EventBus:
         return self

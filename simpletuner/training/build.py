@@ -45,7 +45,7 @@ from simpletuner.reporting.events import RunStarted
 from simpletuner.training.batches import BatchSource
 from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
 from simpletuner.training.device_placement import is_denoiser_spread, mesh_of, must_take_turns, place_denoiser
-from simpletuner.training.evaluate import read_eval_history, restore_best
+from simpletuner.training.evaluate import evaluate_anew, is_comparable, read_eval_history, restore_best
 from simpletuner.training.evaluation import Evaluator, losses_as_json, losses_from_json
 from simpletuner.training.finish import was_finished
 from simpletuner.training.fitting import fit_into_memory
@@ -210,7 +210,10 @@ def describe_adapter(adapter: Adapter, session: Session) -> None:
     """Say which layers it is on and how much is trained: an entry that means too little shows here."""
     for match in adapter.report:
         alias = f" ({match.class_name})" if match.class_name != match.entry else ""
-        session.inform(f"adapter: {match.modules} modules of {match.entry}{alias}")
+        if adapter.can_be_disabled:
+            session.inform(f"adapter: {match.modules} modules of {match.entry}{alias}")
+        else:
+            session.inform(f"full training: {match.entry}, {match.modules} tensors of {match.class_name}")
     count = sum(parameter.numel() for parameter in adapter.trainable_parameters().values())
     session.inform(f"{count:,} parameters are trained")
     for line in adapter.notices:
@@ -312,13 +315,19 @@ def resume(run: Run, start: Start) -> None:
         DataError: the disk is full or cannot be written.
     """
     process_group, path = run.session.process_group, start.resume_from
+    is_evaluated_anew = path is not None and start.is_own and not is_comparable(run, path)
     if path is not None:
         load_checkpoint(run, path, start.is_own)
-        if start.is_own:
+        if is_evaluated_anew:
+            run.progress.eval_losses.clear()
+        elif start.is_own:
             noted = process_group.from_main(read_eval_history(run.session.output_dir, start.history, run.session.bus))
             run.progress.eval_losses |= losses_from_json(noted, until=run.progress.global_step)
     reported = begin_in_folder(run, start) if process_group.is_main else []
     if process_group.is_main:
+        run.session.guard.require()  # watches the folder from here on
+        if path is not None and is_evaluated_anew:
+            evaluate_anew(run, path)
         restore_best(run)
     run.progress.eval_losses |= losses_from_json(process_group.from_main(losses_as_json(run.progress.eval_losses)))
     run.is_complete = run.is_finished and was_finished(run)
@@ -331,8 +340,7 @@ def resume(run: Run, start: Start) -> None:
         )
     if path is not None:
         name = path.name if start.is_own else path
-        text = f"resumed {name}: step {run.progress.global_step} of {run.max_train_steps}"
-        run.session.inform(text)
+        run.session.inform(f"resumed {name}: {run.place}")
 
 
 def announce(run: Run) -> None:

@@ -9,6 +9,7 @@ the run itself count (`run_history.py`): another run's beside them are neither t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from simpletuner.training.evaluation import losses_as_json, losses_from_json
 from simpletuner.training.full_disk import write_patiently
 from simpletuner.training.identity import compare_identity, option_changes, run_identity
 from simpletuner.training.resuming import length_facts, resumed_progress
-from simpletuner.training.run_files import BEST, CHECKPOINT_NAME
+from simpletuner.training.run_files import BEST, CHECKPOINT_NAME, step_of
 from simpletuner.training.run_history import HISTORY_KEY, RunHistory, find_run_history, history_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Checkpoints:
             step = int(manifest.metadata["global_step"])
         except (DataError, KeyError, TypeError, ValueError):
             return True
+        if is_misnamed(path, step):
+            return False
         history = history_of(manifest)
         return self.history.owns(history.mark if history else None, step)
 
@@ -147,8 +150,8 @@ class Checkpoints:
         return {"global_step": run.progress.global_step, HISTORY_KEY: self.history.to_json()}
 
     def _make_way(self, path: Path) -> None:
-        """Move another run's checkpoint out of the way of this run's."""
-        if path.is_dir() and not self.owns(path):
+        """Move what is in the way of this run's checkpoint: another run's, or what is no folder."""
+        if os.path.lexists(path) and not (path.is_dir() and self.owns(path)):
             move_aside(self.output_dir, path)
 
     def save_best(self, run: Run, eval_loss: float) -> Path:
@@ -271,6 +274,9 @@ class Checkpoints:
         if damage:
             state = "cannot be read now" if why_unreadable(path) else "is damaged"
             raise ConfigError(_resume_problem(f"{path} {state}: {damage[0]}", self.found()))
+        if is_misnamed(path, step := step_of(path)):
+            text = f"{path} holds step {step}: it was renamed, or is a copy under another name"
+            raise ConfigError(_resume_problem(text, self.found()))
         return path
 
     def _latest(self) -> tuple[Path | None, list[str]]:
@@ -280,7 +286,7 @@ class Checkpoints:
         """All checkpoints, the best among them by its step (before the numbered one of the same step)."""
         numbered = [(checkpoint_step(path), 1, path) for path in self.found()]
         best = self.best()
-        return [path for *_, path in sorted([*numbered, *([(_best_step(best), 0, best)] if best else [])])]
+        return [path for *_, path in sorted([*numbered, *([(step_of(best), 0, best)] if best else [])])]
 
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:
@@ -297,12 +303,10 @@ def checkpoint_step(path: Path) -> int:
     return int(match.group(1))
 
 
-def _best_step(path: Path) -> int:
-    """The step that a best checkpoint says it is of; before all others where it says nothing."""
-    try:
-        return int(storage.read_manifest(path).metadata["global_step"])
-    except (DataError, KeyError, TypeError, ValueError):
-        return -1
+def is_misnamed(path: Path, step: int) -> bool:
+    """Whether the checkpoint of a step has the name of another one: it would be resumed and rotated in its place."""
+    match = CHECKPOINT_NAME.match(path.name)
+    return match is not None and int(match[1]) != step
 
 
 def _resume_problem(message: str, found: list[Path]) -> Problem:
@@ -395,6 +399,7 @@ def write_checkpoint(run: Run, folder: Path, content: CheckpointContent) -> None
             "kernels": dict(run.model.adapter.kernel_choice),
             "products": chosen_products(run.model.denoiser),
             "eval_losses": losses_as_json(run.progress.eval_losses),
+            "evaluated": run.evaluator.identity if run.evaluator else None,
         },
     )
     storage.write_json(folder / "config.json", run.loaded.resolved())

@@ -6,6 +6,7 @@ process dies in between, so a file in the output folder is never taken for one o
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner import storage
-from simpletuner.errors import DataError
+from simpletuner.disk import disk_errors
+from simpletuner.errors import DataError, Problem
 from simpletuner.training.run_files import RECORDS, belongings
 from simpletuner.training.run_history import HISTORY_FILE, RunHistory, read_run_history
 
@@ -63,8 +65,7 @@ def move_earlier(
         return None
     earlier = read_run_history(output_dir)
     move = Move(_free_name(output_dir, earlier, after_step), after_step, earlier.to_json() if earlier else None)
-    folder = output_dir / EARLIER_DIR / move.folder
-    folder.mkdir(parents=True)
+    folder = _new_folder(output_dir, move.folder)
     for name, content in (reports or {}).items():
         storage.write_bytes(folder / name, content)
     write_run_history(output_dir, history, move)
@@ -74,15 +75,15 @@ def move_earlier(
     return f"{what} is now in {folder} ({len(found)} files and folders); nothing was deleted"
 
 
-def move_aside(output_dir: Path, path: Path) -> None:
-    """Move one file or folder of another run out of the way.
+def move_aside(output_dir: Path, path: Path) -> Path:
+    """Move one file or folder out of the way; returns the folder where it is now.
 
     Raises:
         DataError: the disk cannot be written.
     """
-    folder = output_dir / EARLIER_DIR / _free_name(output_dir, None, None)
-    folder.mkdir(parents=True)
+    folder = _new_folder(output_dir, _free_name(output_dir, None, None))
     storage.move(path, folder / path.name)
+    return folder
 
 
 def finish_move(output_dir: Path) -> str | None:
@@ -134,6 +135,21 @@ def _carry_out(output_dir: Path, move: Move) -> None:
         target = folder / path.relative_to(output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         storage.move(path, target)
+
+
+def _new_folder(output_dir: Path, name: str) -> Path:
+    """Make a folder in `earlier-runs/`, which must be a folder on the disk of the run: files are renamed, not copied.
+
+    Raises:
+        DataError: it is something else, or cannot be written; nothing was moved.
+    """
+    parent = output_dir / EARLIER_DIR
+    with disk_errors(parent):
+        if os.path.lexists(parent) and not (parent.is_dir() and parent.stat().st_dev == output_dir.stat().st_dev):
+            message = "is not a folder on the same disk, so nothing can be moved there; nothing was changed"
+            raise DataError(Problem(message, file=str(parent), key="output_dir", fix="rename or remove it"))
+        (parent / name).mkdir(parents=True)
+    return parent / name
 
 
 def _free_name(output_dir: Path, history: RunHistory | None, after_step: int | None) -> str:

@@ -16,10 +16,12 @@ from simpletuner.optim.optimizers import averaged_weights
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
+from simpletuner.training.checkpoint import read_state
 from simpletuner.training.divergence import last_good_state
+from simpletuner.training.earlier_runs import move_aside
 from simpletuner.training.evaluation import EvalResult, best_step, losses_as_json, losses_from_json
 from simpletuner.training.run import Run, Session
-from simpletuner.training.run_files import EVAL_FILE
+from simpletuner.training.run_files import BEST, EVAL_FILE
 from simpletuner.training.run_history import Mark, RunHistory
 
 
@@ -116,6 +118,23 @@ def keeps_best(run: Run) -> bool:
     return run.evaluator is not None and run.config.evaluation.checkpoint_keep_best is not False
 
 
+def is_comparable(run: Run, checkpoint: Path) -> bool:
+    """Whether the eval losses of a checkpoint are of the images and noise levels of now; where it does not say, yes."""
+    before = read_state(checkpoint).get("evaluated")
+    return run.evaluator is None or before is None or before == run.evaluator.identity
+
+
+def evaluate_anew(run: Run, resumed: Path) -> None:
+    """What is evaluated has changed: forget the losses of before, and set the checkpoint aside that was the best then,
+    unless the run has just resumed from it."""
+    text = "the eval images or timesteps are not those of before: eval losses and the best checkpoint start anew"
+    best = run.session.output_dir / BEST
+    if run.session.checkpoints.best_evaluation() is not None and best != resumed and not is_comparable(run, best):
+        text += f"; the best of before is now in {move_aside(run.session.output_dir, best)}"
+    write_eval_history(run.session, {})
+    run.session.warn(text)
+
+
 def restore_best(run: Run) -> None:
     """Bring the record of eval losses and `checkpoint-best` together after a kill or a full disk came between them.
 
@@ -123,6 +142,8 @@ def restore_best(run: Run) -> None:
     no `checkpoint-best` (it was lost, or the run went back), the numbered checkpoint of that step becomes it.
     """
     best = run.session.checkpoints.best_evaluation()
+    if best is not None and not is_comparable(run, run.session.output_dir / BEST):
+        best = None
     if best is not None and best[0] <= run.progress.global_step and best[0] not in run.progress.eval_losses:
         run.progress.eval_losses[best[0]] = best[1]
         if run.session.process_group.is_main:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,12 @@ class Evaluator:
         # The model sees one reference of an image, where it has several: always the first here.
         self.one_reference = config.data.conditioning_multidataset_sampling == "random"
         self.is_stopping = is_stopping
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: what decides a loss beside the weights. Losses of another one are not comparable."""
+        fingerprints = sorted(dataset.fingerprint for dataset in self.datasets)
+        return {"datasets": fingerprints, "images": self.num_images, "timesteps": len(self.quantiles)}
 
     def run(self, denoiser: nn.Module) -> EvalResult | None:
         """Evaluate; None where the run was asked to stop meanwhile, since half of a loss is none.

@@ -149,6 +149,12 @@ class Run:
         return self.progress.global_step >= self.max_train_steps or self.is_stopped_early
 
     @property
+    def place(self) -> str:
+        """Where the run stands, for messages; it may have been trained further than it is to be now."""
+        step, end = self.progress.global_step, self.max_train_steps
+        return f"step {step} of {end}" if step <= end else f"step {step}, beyond the {end} of the configuration"
+
+    @property
     def is_stopped_early(self) -> bool:
         """Whether `early_stopping_patience` is used up; a function of the eval losses, so a resumed run knows too."""
         patience = self.config.evaluation.early_stopping_patience

@@ -14,7 +14,7 @@ from simpletuner import storage
 from simpletuner.config.loading import LoadedRun
 from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.errors import ConfigError, DataError, Problem
-from simpletuner.training.checkpoint import Checkpoints, numbered_checkpoints, read_state
+from simpletuner.training.checkpoint import Checkpoints, checkpoint_step, numbered_checkpoints, read_state
 from simpletuner.training.earlier_runs import finish_move, move_earlier, write_run_history
 from simpletuner.training.evaluate import write_eval_history
 from simpletuner.training.identity import fixed_settings, refuse_changes
@@ -91,7 +91,8 @@ def _plan_here(loaded: LoadedRun, output_dir: Path) -> Start:
         return Start(RunHistory.new(), notices=(*notices, *chosen), reports=reports)
     _refuse_other_options(loaded, path)
     step = int(read_state(path)["state"]["global_step"])
-    is_own = path.resolve().parent == output_dir.resolve() and checkpoints.owns(path)
+    # A checkpoint may be a link to another disk: the folder of the link counts.
+    is_own = path.parent.resolve() == output_dir.resolve() and checkpoints.owns(path)
     if not is_own:
         text = f"starts from the checkpoint of another run: {path}"
         return Start(RunHistory.new(step), path, False, True, (*notices, *chosen, text), reports)
@@ -125,8 +126,8 @@ def _has_later(checkpoints: Checkpoints, step: int) -> bool:
     """Whether the run has been committed further than a step."""
     best = checkpoints.best()
     last = final_step(checkpoints.output_dir)
-    later = [step_of(path) for path in [*checkpoints.found(), *([best] if best else [])]]
-    return max([*later, last or 0]) > step
+    numbered = [checkpoint_step(path) for path in checkpoints.found()]  # also of one whose manifest is damaged
+    return max([*numbered, step_of(best) if best else 0, last or 0]) > step
 
 
 def begin_in_folder(run: Run, start: Start) -> list[str]:

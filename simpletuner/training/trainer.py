@@ -65,8 +65,7 @@ def train(loaded: LoadedRun) -> None:
             stack.callback(run.close)
             started = time.monotonic()
             if run.is_complete:
-                step, end = run.progress.global_step, run.max_train_steps
-                process.inform(f"{output_dir} is complete: step {step} of {end}")
+                process.inform(f"{output_dir} is complete: {run.place}")
             else:
                 run_training(run)
                 finish_run(run, time.monotonic() - started)

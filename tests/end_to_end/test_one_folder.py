@@ -157,6 +157,10 @@ def test_complete_means_readable_final_weights_of_this_step(tmp_path: Path, omni
     assert notices(output)[-1].endswith("is complete: step 4 of 4")
     assert read_run(output).state == "finished"
     if damage == "empty":
+        train_here(folder, "--max_train_steps=3")
+        assert notices(output)[-1].endswith("is complete: step 4, beyond the 3 of the configuration")
+    assert len(metrics(output, "run_finished")) == 1
+    if damage == "empty":
         (output / WEIGHTS).write_bytes(b"")
     elif damage == "missing":
         (output / WEIGHTS).unlink()
@@ -237,6 +241,25 @@ def test_the_best_is_kept_by_default_and_comes_back_from_its_numbered_checkpoint
     assert not (train_here(off) / "checkpoint-best").exists()
     output = train_here(off, "--checkpoint_keep_best=true", "--max_train_steps=5")
     assert "checkpoint-best is checkpoint-4" in " ".join(notices(output))
+
+
+def test_losses_of_another_evaluation_are_compared_with_nothing(tmp_path: Path, omnigen_folder: Path):
+    """At other noise levels no loss is that of before: the best of then is set aside, and the first new one counts."""
+    folder = write_run(tmp_path, omnigen_folder, **QUICK, eval_steps_interval=2)
+    output = train_here(folder)
+    train_here(folder)
+    assert not (output / "earlier-runs").exists()
+    other = "--eval_timesteps=1"
+    train_here(folder, "--max_train_steps=5", other, "--learning_rate=10")
+    known = json.loads((output / "eval_losses.json").read_text())["losses"]
+    assert list(known) == ["4", "5"]
+    assert known["4"] < known["5"]
+    best = storage.read_manifest(output / "checkpoint-best").metadata
+    assert (best["global_step"], best["eval_loss"]) == (4, known["4"])
+    assert storage.read_manifest(earlier(output) / "checkpoint-best").metadata["global_step"] == 4
+    assert sum("start anew" in text for text in notices(output)) == 1
+    train_here(folder, "--max_train_steps=6", other)
+    assert sum("start anew" in text for text in notices(output)) == 1
 
 
 def test_no_tenth_of_an_epoch_is_lost(tmp_path: Path, omnigen_folder: Path):

@@ -7,12 +7,14 @@ stand behind the known ones, and the rows before them stay empty there.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from simpletuner import storage
+from simpletuner.errors import DataError
 from simpletuner.reporting.events import Event, RunStarted
 from simpletuner.reporting.scalars import record_scalars, scalars
 from simpletuner.reporting.sinks.jsonl import METRICS_FILE, read_records
@@ -41,19 +43,26 @@ class CsvSink:
         self.path = Path(output_dir) / CSV_FILE
         self._columns: list[str] = []
         self._file: IO[str] | None = None
+        self._has_run = False
         self._row: CsvRow = {}
         self._row_start = 0
 
     def handle(self, event: Event) -> None:
         if isinstance(event, RunStarted):
+            self._has_run = True
             self._begin()
-        elif self._file is not None and (numbers := scalars(event)):
+        elif self._has_run and (numbers := scalars(event)):
             self._add({"step": event.step, **numbers})  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._has_run and self._file is None:  # the disk has refused a row, and may take all of them now
+            self._begin()
+        self._close_file()
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _begin(self) -> None:
         """The table of what `metrics.jsonl` still holds, open for more."""
@@ -62,9 +71,21 @@ class CsvSink:
         self._rewrite(rows)
 
     def _add(self, numbers: CsvRow) -> None:
-        """A new row, or more numbers of the last one's step, which is then written once more over itself."""
-        file = self._file
-        assert file is not None
+        """A new row, or more numbers of the last one's step, which is then written once more over itself.
+
+        Where the disk refuses it, the whole table is made again by the next one: half a row may be in the file.
+        """
+        if self._file is None:
+            self._begin()
+            return
+        try:
+            self._write(self._file, numbers)
+        except (OSError, DataError):
+            with contextlib.suppress(OSError):
+                self._close_file()
+            raise
+
+    def _write(self, file: IO[str], numbers: CsvRow) -> None:
         if numbers["step"] == self._row.get("step"):
             self._row |= numbers
             file.seek(self._row_start)
@@ -83,7 +104,7 @@ class CsvSink:
 
     def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """All rows under the present columns; the last one may still be added to."""
-        self.close()
+        self._close_file()
         with storage.replacing_file(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()

@@ -38,6 +38,7 @@ class JsonlSink:
         # full disk does not take.
         self._waiting = bytearray()
         self._start_step: int | None = None
+        self._is_complete = False
         self._notices: list[Notice] = []
         self._is_refused = False
 
@@ -47,7 +48,7 @@ class JsonlSink:
         self._waiting += _line({"time": round(time.time(), 6), **to_record(event)})
         if isinstance(event, RunStarted):
             self._close_file()
-            self._start_step = event.start_step
+            self._start_step, self._is_complete = event.start_step, event.is_complete
         if self._start_step is not None:
             self._try_to_flush()
 
@@ -58,15 +59,17 @@ class JsonlSink:
     def close(self) -> None:
         """Write what still waits: a run that failed before it started leaves its reasons in the file.
 
-        Not in that of a run that already exists: a start that was refused is no part of it.
+        Not in that of a run that already exists: a start that was refused is no part of it. Nor in a folder that was
+        renamed or deleted meanwhile, whose place stays free.
         """
-        if self._waiting and (self._start_step is not None or not has_run(self.path)):
+        is_wanted = self._start_step is not None or not has_run(self.path)
+        if self._waiting and is_wanted and self.path.parent.is_dir():
             self._flush(self._file or self._open())
         self._close_file()
 
     def _open(self) -> IO[bytes]:
         if self._start_step is not None:
-            start_from(self.path, self._start_step)
+            start_from(self.path, self._start_step, self._is_complete)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
         if not _ends_with_a_line(self.path):  # a crash cut the last one short
@@ -125,8 +128,8 @@ def has_run(path: Path) -> bool:
     return any(record.get("event") == "run_started" for record in read_records(path))
 
 
-def start_from(path: Path, start_step: int) -> None:
-    """Leave only what a resumed run after `start_step` will not write again.
+def start_from(path: Path, start_step: int, is_complete: bool = False) -> None:
+    """Leave only what a resumed run after `start_step` will not write again: its end too, unless it is complete.
 
     At step 0 the whole old file is another run's, if one has begun in it: it is renamed to the next free
     `metrics.<n>.jsonl`.
@@ -137,8 +140,12 @@ def start_from(path: Path, start_step: int) -> None:
         if has_run(path):
             path.rename(_free_name(path))
         return
-    kept = [record for record in read_records(path) if record.get("step", 0) <= start_step]
-    storage.write_bytes(path, b"".join(map(_line, kept)))
+
+    def is_kept(record: Mapping[str, Any]) -> bool:
+        step, is_end = record.get("step", 0), record.get("event") == "run_finished"
+        return bool(step < start_step or (step == start_step and (is_complete or not is_end)))
+
+    storage.write_bytes(path, b"".join(_line(record) for record in read_records(path) if is_kept(record)))
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,32 +33,50 @@ class TensorBoardSink:
         self._log_dir = Path(output_dir) / "logs"
         self._run: RunStarted | None = None
         self._writer: SummaryWriter | None = None
+        self._has_begun = False
 
     def handle(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self.close()
-            self._run = event
-        elif isinstance(event, ImagesMade):
-            self._add_images(event)
-        elif isinstance(event, StepDone | EvalDone | ImagesScored | LossBySigma):
-            self._add_scalars(scalars(event), event.step)
-            if not isinstance(event, StepDone):
-                self.writer().flush()
+            self._run, self._has_begun = event, False
+        try:
+            if isinstance(event, ImagesMade):
+                self._add_images(event)
+            elif isinstance(event, StepDone | EvalDone | ImagesScored | LossBySigma):
+                self._add_scalars(scalars(event), event.step)
+                if not isinstance(event, StepDone):
+                    self.writer().flush()
+        except OSError:
+            self._abandon()
+            raise
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
+    def _abandon(self) -> None:
+        """End a writer that the disk has refused something: its thread has ended, and another one goes on."""
+        writer, self._writer = self._writer, None
+        if writer is not None and writer.file_writer is not None:
+            with contextlib.suppress(OSError):
+                writer.file_writer.event_writer.close()
+
     def writer(self) -> SummaryWriter:
-        """The open writer. What an earlier run logged after the resumed step is marked as superseded."""
+        """The open writer. What an earlier run logged after the resumed step is marked as superseded, by the first one
+        of this process."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             run_name = folder_name(self._run.run_name) if self._run else "run"
             start_step = self._run.start_step if self._run else 0
             purge_step = start_step + 1 if start_step else 0
-            self._writer = SummaryWriter(str(self._log_dir / run_name), purge_step=purge_step)
+            self._writer = SummaryWriter(
+                str(self._log_dir / run_name), purge_step=None if self._has_begun else purge_step
+            )
+            if self._has_begun:
+                return self._writer
+            self._has_begun = True
             if self._run and self._run.run_id:
                 self._writer.add_text("run", f"{self._run.run_id}, branch {self._run.branch}", start_step)
             if self._run and self._run.options:

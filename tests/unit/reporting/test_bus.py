@@ -1,4 +1,4 @@
-"""The event bus: a failing sink is dropped with one warning, a programming mistake in a sink is raised."""
+"""The event bus: a failing sink is warned about once and asked again, a programming mistake in a sink is raised."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RecordingSink:
             raise self._close_error
 
 
-def test_a_sink_that_breaks_is_dropped_with_one_warning_and_the_rest_go_on():
+def test_a_sink_that_breaks_is_left_alone_with_one_warning_and_the_rest_go_on():
     broken, healthy = RecordingSink(OSError("disk full")), RecordingSink()
     bus = EventBus([broken, healthy])
     for number in range(3):
@@ -38,8 +38,18 @@ def test_a_sink_that_breaks_is_dropped_with_one_warning_and_the_rest_go_on():
     texts = [event.text for event in healthy.events]
     assert [text for text in texts if text.isdigit()] == ["0", "1", "2"]
     assert [text for text in texts if "disk full" in text] == [
-        "recorder stopped working (disk full); the run continues without it"
+        "recorder stopped working (disk full); the run continues, and it is tried again each minute"
     ]
+
+
+def test_a_sink_that_broke_is_asked_again_later_and_reported_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("simpletuner.reporting.bus.RETRY_SECONDS", 0.0)
+    broken, healthy = RecordingSink(OSError("disk full")), RecordingSink()
+    bus = EventBus([broken, healthy])
+    for number in range(3):
+        bus.emit(Notice("info", str(number)))
+    assert [event.text for event in broken.events if event.text.isdigit()] == ["0", "1", "2"]
+    assert sum("disk full" in event.text for event in healthy.events) == 1
 
 
 def test_a_mistake_in_a_sink_is_not_hidden():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
+
+from simpletuner.errors import DataError
 from simpletuner.reporting.events import EvalDone, ImagesScored, RunStarted, StepDone
 from simpletuner.reporting.sinks.csv_table import FIRST_COLUMNS, CsvSink
 from simpletuner.reporting.sinks.jsonl import JsonlSink
@@ -81,3 +84,26 @@ def test_numbers_that_come_later_stand_in_the_row_of_their_step_without_a_new_co
     assert [row["step"] for row in read] == ["1", "2", "3"]
     assert [float(row["train/loss"]) for row in read] == [1.0, 0.5, 1 / 3]
     assert [row["loss/val/pooled"] for row in read] == ["0.25", "0.5", "0.75"]
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_after_a_row_that_the_disk_refused_the_table_is_whole_again(tmp_path: Path, monkeypatch, tries: int):
+    """Half a row may be in the file: the whole table is made of the record, also by the end of the run alone."""
+    run = Run(tmp_path)
+    run.emit(step(1, 1.0), step(2, 0.5))
+
+    def refuse(self, row):
+        self.writer.writerow(["9", "half"])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(csv.DictWriter, "writerow", refuse)
+        for number in range(3, 3 + tries):
+            with pytest.raises((OSError, DataError)):
+                run.emit(step(number, 0.25))
+    assert len(rows(tmp_path)) <= 2 + tries
+    if tries == 1:
+        run.emit(step(4, 0.125))
+    run.sinks[1].close()
+    expected = ["1.0", "0.5", "0.25", "0.125"] if tries == 1 else ["1.0", "0.5", "0.25", "0.25", "0.25"]
+    assert [row["train/loss"] for row in rows(tmp_path)] == expected

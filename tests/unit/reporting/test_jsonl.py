@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from simpletuner.reporting.events import EvalDone, Notice, PhaseProgress, RunStarted, StepDone
+from simpletuner.reporting.events import EvalDone, Notice, PhaseProgress, RunFinished, RunStarted, StepDone
 from simpletuner.reporting.loss_plot import read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink, read_records
 from tests.events import step_done
@@ -153,3 +153,29 @@ def test_what_a_disk_takes_in_pieces_is_written_whole(tmp_path):
     sink._flush(file)
     assert file.taken == waiting
     assert not sink._waiting
+
+
+def test_an_end_that_is_reported_again_is_in_the_record_once(tmp_path: Path):
+    """A kill after the end was recorded and before its report was written: the next start ends once more."""
+    for start, is_complete in ((0, False), (2, False), (2, True)):
+        sink = JsonlSink(tmp_path)
+        sink.handle(RunStarted("run", tmp_path, 2, start, is_complete=is_complete))
+        for number in range(start + 1, 3):
+            sink.handle(step(number, 1.0))
+        if not is_complete:
+            sink.handle(RunFinished(2, 1.0))
+        sink.close()
+        records = read_records(tmp_path / "metrics.jsonl")
+        assert [record["step"] for record in records if record["event"] == "run_finished"] == [2]
+        assert [record["step"] for record in records if record["event"] == "step_done"] == [1, 2]
+    write_run(tmp_path, 2, 3, 1.0)  # it was asked for more steps
+    assert "run_finished" not in [record["event"] for record in read_records(tmp_path / "metrics.jsonl")]
+
+
+def test_a_folder_that_was_renamed_before_the_first_step_is_not_made_again(tmp_path: Path):
+    (tmp_path / "output").mkdir()
+    sink = JsonlSink(tmp_path / "output")
+    sink.handle(Notice("error", "why it failed"))
+    (tmp_path / "output").rename(tmp_path / "renamed")
+    sink.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["renamed"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from simpletuner.reporting.events import EvalDone, ImagesMade, RunStarted, SavedImage, StepDone
 from simpletuner.reporting.sinks.tensorboard import TensorBoardSink, folder_name
@@ -85,3 +86,25 @@ def test_the_name_of_a_run_does_not_lead_out_of_the_folder():
     for name in ("../../x", "/x", "..\\x", "./x/..", "//x//"):
         assert folder_name(name) == "x"
     assert folder_name("..") == "run"
+
+
+def test_after_a_write_that_the_disk_refused_the_curve_goes_on_and_nothing_is_purged(tmp_path: Path, monkeypatch):
+    sink = TensorBoardSink(tmp_path)
+    sink.handle(RunStarted("trial", tmp_path, 10, 2))
+    for number in (3, 4):
+        sink.handle(step(number, 1.0))
+    sink.handle(EvalDone(4, {}, 0.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "flush", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            sink.handle(EvalDone(5, {}, 0.5))
+        with pytest.raises(OSError, match="No space left"):
+            sink.handle(EvalDone(6, {}, 0.5))
+    sink.handle(step(7, 0.25))
+    sink.close()
+    read = EventAccumulator(str(tmp_path / "logs" / "trial")).Reload()
+    assert [point.step for point in read.Scalars("train/loss")] == [3, 4, 7]
+
+
+def refuse(self) -> None:
+    raise OSError(28, "No space left on device")

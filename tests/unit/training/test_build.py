@@ -53,6 +53,11 @@ def test_an_adapter_says_which_layers_it_is_on_and_how_much_trains(tmp_path: Pat
         "2 parameters are trained",
         "something to note",
     ]
+    run.model.adapter.can_be_disabled, run.model.adapter.notices = False, []
+    run.model.adapter.report = [SimpleNamespace(entry="all parameters", class_name="ToyDenoiser", modules=1)]
+    recorder.events.clear()
+    describe_adapter(run.model.adapter, run.session)
+    assert texts(recorder) == ["full training: all parameters, 1 tensors of ToyDenoiser", "2 parameters are trained"]
 
 
 def test_the_eval_loss_is_of_the_dataset_that_is_named_or_of_all(tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from tests.toy import load_toy, toy_run, weights_of
 ONE = {"a": (1.0, 3.0)}
 
 
-def folder_of(output: Path, name: str, step: int = 0) -> Path:
-    """A whole folder of that name."""
+def folder_of(output: Path, name: str, step: int | None = None) -> Path:
+    """A whole folder of that name, which says the step of its name unless another one is given."""
+    if step is None:
+        step = int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdecimal() else 0
     with storage.commit_dir(output / name, {"global_step": step}) as folder:
         storage.write_bytes(folder / "weights", b"some weights")
     return output / name
@@ -353,3 +355,38 @@ def test_the_oldest_of_what_a_kill_has_left_goes_with_the_first_good_step(tmp_pa
     assert [notice.text.split()[0] for notice in checkpoints.settle()] == ["checkpoint-1", "checkpoint-2"]
     assert checkpoints.is_settled
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_copy_under_another_step_is_neither_resumed_nor_counted(tmp_path):
+    """As the newest by its name it would be resumed at each start, and push the real ones out of the limit."""
+    for step in (2, 4):
+        folder_of(tmp_path, f"checkpoint-{step}")
+    folder_of(tmp_path, "checkpoint-40", 2)
+    checkpoints = Checkpoints(tmp_path, 1)
+    assert checkpoints.choose("latest") == (tmp_path / "checkpoint-4", [])
+    with pytest.raises(ConfigError, match="checkpoint-40 holds step 2: it was renamed, or is a copy"):
+        checkpoints.choose("checkpoint-40")
+    checkpoints.rotate(keep=tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-40"]
+
+
+def test_a_checkpoint_that_is_a_link_is_rotated_without_what_it_leads_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "output").mkdir()
+    for step in (2, 4):
+        folder_of(tmp_path / "disk", f"checkpoint-{step}")
+        (tmp_path / f"output/checkpoint-{step}").symlink_to(tmp_path / f"disk/checkpoint-{step}")
+    checkpoints = Checkpoints(tmp_path / "output", 1)
+    assert checkpoints.choose("latest") == (tmp_path / "output/checkpoint-4", [])
+    [notice] = checkpoints.rotate(keep=tmp_path / "output/checkpoint-4")
+    assert notice.text == "checkpoint-2 removed: checkpoints_total_limit is 1"
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["checkpoint-4"]
+    assert names(tmp_path / "disk") == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_file_that_has_the_name_of_a_checkpoint_is_moved_and_not_lost(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    (tmp_path / "output/checkpoint-1").write_text("the user's")
+    run_training(run)
+    assert run.session.checkpoints.has(1)
+    assert [path.read_text() for path in tmp_path.glob("output/earlier-runs/*/checkpoint-1")] == ["the user's"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ ONE = {"a": (1.0, 3.0)}
 
 class Judging:
     """Of two datasets: the first weight, and twice of it; None once it is asked to stop."""
+
+    identity: Any = {"datasets": ["one", "two"]}
 
     def __init__(self, stops_at: float = math.inf) -> None:
         self.count, self.stops_at = 0, stops_at

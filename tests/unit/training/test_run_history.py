@@ -209,3 +209,22 @@ def test_a_folder_that_is_renamed_or_replaced_is_noticed(tmp_path: Path, event: 
     if event == "rename":
         (tmp_path / "renamed").rename(folder)
         guard.require()
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link", "link to another disk"])
+def test_earlier_runs_that_is_no_folder_of_this_disk_is_refused_before_anything_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    used_folder(tmp_path)
+    before = content(tmp_path)
+    place = tmp_path / "earlier-runs"
+    if what == "file":
+        place.write_text("the user's")
+    else:
+        place.symlink_to("/proc" if what == "link to another disk" else tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not a folder on the same disk") as caught:
+        move_earlier(tmp_path, RunHistory.new(), None)
+    assert caught.value.exit_code == 3
+    place.unlink()
+    assert content(tmp_path) == before
+    assert finish_move(tmp_path) is None

@@ -109,3 +109,25 @@ def test_a_start_that_moves_nothing_writes_whose_the_folder_is_and_no_more(tmp_p
     assert begin_in_folder(trained, start) == []
     assert {path.name for path in output.iterdir()} - before == {"run_history.json"}
     assert not (output / "earlier-runs").exists()
+
+
+def test_a_checkpoint_that_is_a_link_to_another_disk_is_still_this_run_s(tmp_path, trained):
+    newest = tmp_path / "output/checkpoint-3"
+    newest.rename(tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    start = planned(tmp_path, "latest")
+    assert (start.resume_from, start.is_own, start.moves) == (newest, True, False)
+
+
+def test_going_back_moves_a_later_checkpoint_whose_manifest_is_damaged_too(tmp_path, trained):
+    """It would be replaced by the new one of its step, and nothing is deleted that a run made."""
+    for step in (2, 3):
+        (tmp_path / f"output/checkpoint-{step}/manifest.json").write_text("{")
+    start = planned(tmp_path, str(tmp_path / "output/checkpoint-1"))
+    assert (start.is_own, start.moves) == (True, True)
+    trained.progress.global_step = 1
+    begin_in_folder(trained, start)
+    assert sorted(path.name for path in tmp_path.glob("output/earlier-runs/*/checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
