@@ -46,7 +46,7 @@ def _problems(settings: Mapping[str, Any], file: str) -> Iterator[Problem]:
     if importlib.util.find_spec("deepspeed") is None:
         yield Problem("DeepSpeed is not installed", key=KEY, fix="pip install deepspeed")
     for key, ours in OUR_KEYS.items():
-        if key in settings and not _is_auto(settings[key]):
+        if key in settings and not _is_open(key, settings[key]):
             yield Problem(
                 f"{key} is set in the DeepSpeed file",
                 key=KEY,
@@ -64,5 +64,8 @@ def _problems(settings: Mapping[str, Any], file: str) -> Iterator[Problem]:
         )
 
 
-def _is_auto(value: Any) -> bool:
-    return value == "auto" or (isinstance(value, Mapping) and value.get("enabled", "auto") in ("auto", False))
+def _is_open(key: str, value: Any) -> bool:
+    """Whether the file leaves a setting to ours. A number format that is not enabled is off."""
+    if isinstance(value, Mapping):
+        return value.get("enabled", OUR_KEYS[key] != "mixed_precision") in ("auto", False)
+    return value == "auto"

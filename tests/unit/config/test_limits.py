@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from simpletuner.errors import Problem
+
 from .conftest import DATASET, Workspace
 
 FULL = {"model_type": "full", "lycoris_config": None}
@@ -142,3 +144,334 @@ def test_what_has_no_effect_is_said_once_with_its_place(
     written = (workspace.root / "config/config.json").read_text().splitlines()
     number = next(number for number, each in enumerate(written, 1) if f'"{key}"' in each)
     assert place == f"config/config.json:{number}"
+
+
+OFF = "remove the key"
+SEVERAL = {"num_processes": 4, "optimizer": "adamw_bf16"}
+ZERO = {
+    "deepspeed_config": "zero.json",
+    "grad_clip_method": "norm",
+    "num_processes": 2,
+    "optimizer": "adamw_bf16",
+    "mixed_precision": "bf16",
+}
+PLANS = "the weights among the processes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {**FULL, "init_lora": "start.safetensors"},
+            (
+                "init_lora",
+                '"{root}/start.safetensors" has no use: model_type is "full", which trains without an adapter',
+                None,
+                "merge it into the model first: simpletuner export --merge",
+            ),
+        ),
+        (
+            {**FULL, "base_model_precision": "int8-torchao"},
+            (
+                "base_model_precision",
+                "int8-torchao weights cannot be trained, and model_type is full",
+                "no_change",
+                "set it to no_change, or train an adapter (model_type lora)",
+            ),
+        ),
+        (
+            {"text_encoder_1_precision": "int8-quanto"},
+            ("text_encoder_1_precision", "Toy has no text encoder", "no_change", OFF),
+        ),
+        (
+            {"model_family": "sd15", "text_encoder_2_precision": "int8-quanto", **STANDARD},
+            ("text_encoder_2_precision", "Stable Diffusion 1.5 and 2.1 has 1 text encoder", "no_change", OFF),
+        ),
+        (
+            {**FULL, "enable_group_offload": True},
+            (
+                "enable_group_offload",
+                "only frozen weights can wait in main memory, and model_type is full",
+                None,
+                "remove the key, or train an adapter (model_type lora)",
+            ),
+        ),
+        (
+            {"musubi_blocks_to_swap": 1, "fsdp_enable": True, **SEVERAL},
+            (
+                "musubi_blocks_to_swap",
+                f"fsdp_enable divides {PLANS} already",
+                None,
+                "remove one of the two; fsdp_cpu_offload keeps the parts in main memory",
+            ),
+        ),
+        (
+            {"memory": "auto", "fsdp_enable": True, **SEVERAL},
+            ("memory", f"fsdp_enable divides {PLANS}, for which nothing is planned", None, "remove one of the two"),
+        ),
+        (
+            {"gradient_checkpointing": False, "gradient_checkpointing_backend": "unsloth"},
+            (
+                "gradient_checkpointing_backend",
+                "has no effect without gradient_checkpointing",
+                None,
+                "set gradient_checkpointing to true",
+            ),
+        ),
+        (
+            {"deterministic": True, "dynamo_backend": "inductor"},
+            (
+                "deterministic",
+                "inductor chooses its kernels by timing them at each start, so two starts may differ in the last bits",
+                "false",
+                "remove it, or set dynamo_backend to no",
+            ),
+        ),
+        (
+            {"num_machines": 2, "machine_rank": 2, "main_process_ip": "10.0.0.1", "main_process_port": 1234},
+            (
+                "machine_rank",
+                "2 is not a machine of 2",
+                "0 to 1",
+                "count from 0, and give every machine the same num_machines",
+            ),
+        ),
+        (
+            {"num_machines": 2, "main_process_ip": "localhost", "main_process_port": 1234},
+            (
+                "main_process_ip",
+                "is this machine's own address, which the other machines cannot reach",
+                "the address of machine 0 (MASTER_ADDR)",
+                "set it, the same on all machines",
+            ),
+        ),
+        (
+            {"num_machines": 2, "main_process_ip": "10.0.0.1"},
+            (
+                "main_process_port",
+                "is not set: a free port would be another one on each machine",
+                "a port that is open on machine 0 (MASTER_PORT)",
+                "set it, for example 29500, the same on all machines",
+            ),
+        ),
+        (
+            {"fsdp_shard_size": 2},
+            ("fsdp_shard_size", "has no use without fsdp_enable", None, "set fsdp_enable, or remove the key"),
+        ),
+        (
+            {"fsdp_enable": True, "num_processes": 1, "optimizer": "adamw_bf16"},
+            ("fsdp_enable", "one process has no other to share with", None, "set num_processes above 1"),
+        ),
+        (
+            {"fsdp_enable": True, "fsdp_shard_size": 3, **SEVERAL},
+            ("fsdp_shard_size", "3 does not divide the 4 processes", "a divisor of them", None),
+        ),
+        (
+            {"fsdp_enable": True, "base_model_precision": "int8-torchao", **SEVERAL},
+            (
+                "fsdp_enable",
+                'cannot shard weights quantized as "int8-torchao": their packed form cannot be split',
+                None,
+                "set base_model_precision to no_change: sharded over two processes, bf16 takes what int8 takes on one",
+            ),
+        ),
+        (
+            {**ZERO, "fsdp_enable": True},
+            ("deepspeed_config", "shards the model as fsdp_enable does", None, "remove one of the two"),
+        ),
+        (
+            {**ZERO, "num_processes": 1},
+            ("deepspeed_config", "one process has no other to share with", None, "set num_processes above 1"),
+        ),
+        (
+            {**ZERO, "max_grad_norm": 1.0, "grad_clip_method": "value"},
+            ("grad_clip_method", "DeepSpeed clips by norm only", '"norm"', "set it to norm"),
+        ),
+        (
+            {**ZERO, "mixed_precision": "fp16"},
+            ("mixed_precision", "scales losses, which DeepSpeed's own step would not know", "bf16, no", "use bf16"),
+        ),
+        (
+            {**ZERO, "optimizer": "muon", "learning_rate": 0.01},
+            (
+                "optimizer",
+                "muon looks at whole weights, and DeepSpeed moves parts of them laid end to end",
+                None,
+                "use adamw_bf16 or lion",
+            ),
+        ),
+        (
+            {**ZERO, "use_ema": True},
+            (
+                "use_ema",
+                "the average needs the weights that stage 3 shards",
+                "false with ZeRO stage 3",
+                "use fsdp_enable, which keeps an EMA",
+            ),
+        ),
+        (
+            {**ZERO, "base_model_precision": "int8-torchao"},
+            ("base_model_precision", "stage 3 shards plain weights only", "no_change", "use stage 2"),
+        ),
+        (
+            {"flow_schedule_shift": 3.0, "flow_schedule_auto_shift": True},
+            (
+                "flow_schedule_shift",
+                "flow_schedule_auto_shift chooses the shift already",
+                None,
+                "keep one of them",
+            ),
+        ),
+        (
+            {**FULL, "validation_lycoris_strength": 0.5},
+            (
+                "validation_lycoris_strength",
+                "cannot be used: model_type is full, and there is no adapter",
+                "only 1",
+                OFF,
+            ),
+        ),
+        (
+            {"eval_dataset_id": "gone"},
+            (
+                "eval_dataset_id",
+                'there is no enabled dataset "gone" of dataset_type eval',
+                "none: there is no eval dataset",
+                None,
+            ),
+        ),
+        (
+            {"checkpoint_keep_best": True},
+            (
+                "checkpoint_keep_best",
+                "no eval loss is computed, so no checkpoint is best",
+                None,
+                "set eval_steps_interval and add a dataset of dataset_type eval (or set eval_holdout), or remove the "
+                "key",
+            ),
+        ),
+        (
+            {"early_stopping_patience": 3},
+            (
+                "early_stopping_patience",
+                "no eval loss is computed, so nothing can stop falling",
+                None,
+                "set eval_steps_interval and add a dataset of dataset_type eval (or set eval_holdout), or remove the "
+                "key",
+            ),
+        ),
+        (
+            {"optimizer": "adamw", "optimizer_config": {"weight_decay": 1001}},
+            (
+                "optimizer_config",
+                "1001 cannot be weight_decay of adamw: it would train nothing, or destroy the weights",
+                "0 to 1000",
+                None,
+            ),
+        ),
+        (
+            {"trainable_modules": "layers.*"},
+            (
+                "trainable_modules",
+                "chooses weights of the model itself, and model_type is lora",
+                None,
+                "remove the key (lora_target chooses layers of an adapter)",
+            ),
+        ),
+    ],
+    ids=lambda each: "",
+)
+def test_a_refusal_says_what_was_given_what_is_allowed_and_what_to_do(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], problem: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # DeepSpeed is there
+    workspace.put("start.safetensors", "x")
+    workspace.put("zero.json", {"zero_optimization": {"stage": 3}})
+    workspace.config |= changes
+    problems = workspace.fails_written().problems
+    assert len(problems) == 1, [each.render() for each in problems]
+    [found] = problems
+    key, message, allowed, fix = problem
+    expected = (key, message.format(root=workspace.root), allowed, fix)
+    assert (found.key, found.message, found.allowed, found.fix) == expected
+
+
+def test_a_deepspeed_file_says_nothing_that_is_an_option(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    workspace.config |= {"deepspeed_config": "zero.json", "num_processes": 2}
+    settings = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "bf16": {"enabled": False}, "fp16": "auto"}
+    workspace.put("zero.json", {**settings, "amp": {"opt_level": 1}, "zero_optimization": {"stage": 0}})
+    file, allowed = str(workspace.root / "zero.json"), '"auto", or no such key'
+    assert workspace.fails_written().problems == [
+        Problem("DeepSpeed is not installed", "deepspeed_config", fix="pip install deepspeed"),
+        *(
+            Problem(
+                f"{key} is set in the DeepSpeed file",
+                "deepspeed_config",
+                file,
+                allowed=allowed,
+                fix=f"set {ours} in config.json and take it out there",
+            )
+            for key, ours in (("train_batch_size", "train_batch_size"), ("optimizer", "optimizer"))
+        ),
+        Problem(
+            "zero_optimization.stage is 0",
+            "deepspeed_config",
+            file,
+            allowed="1 (shards the optimizer's state), 2 (gradients too), 3 (weights too)",
+            fix='write {"zero_optimization": {"stage": 2}}',
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"crop": True, "enlarge": False},
+            (
+                "images.enlarge",
+                "false keeps the sizes of images, and crop cuts them to one shape",
+                "set crop to false, or remove the key",
+            ),
+        ),
+        (
+            {"maximum_side": 512},
+            (
+                "images.maximum_side",
+                "512 limits images that keep their own size, and these are enlarged",
+                "set enlarge to false, or remove the key",
+            ),
+        ),
+        (
+            {"caption_strategy": "instanceprompt", "instance_prompt": "a", "caption_fallback": "filename"},
+            (
+                "images.caption_fallback",
+                "has no use: all images have instance_prompt as their caption",
+                "remove it, or change caption_strategy",
+            ),
+        ),
+        ({"caption_fallback": "filename"}, ("images.caption_fallback", "has no use: it is the caption_strategy", None)),
+        (
+            {"text_embeds": "gone"},
+            (
+                "images.text_embeds",
+                '"gone" is not the text_embeds entry that all captions are kept in',
+                "remove the key",
+            ),
+        ),
+        (
+            {"caption_strategy": "csv", "metadata_file": "datasets/images/a.xml"},
+            ("images.metadata_file", '"{root}/datasets/images/a.xml" has none of the known extensions', None),
+        ),
+    ],
+    ids=lambda each: "",
+)
+def test_a_refusal_of_a_key_of_a_dataset_says_what_to_do(
+    workspace: Workspace, changes: dict[str, Any], problem: tuple[Any, ...]
+) -> None:
+    workspace.put("datasets/images/a.xml", "x")
+    workspace.datasets[0] |= changes
+    [found] = workspace.fails_written().problems
+    key, message, fix = problem
+    assert (found.key, found.message, found.fix) == (key, message.format(root=workspace.root), fix)
