@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,11 +10,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub import errors
 
+from simpletuner.data.backends import hub as hub_module
 from simpletuner.data.backends.hub import HubDataset, find_tables
 from simpletuner.data.backends.hub_layout import NoSuchPart, card_configs, choose_files
-from simpletuner.errors import ConfigError, DataError
+from simpletuner.data.backends.records import RecordFiles
+from simpletuner.data.records import Record
+from simpletuner.errors import ConfigError, DataError, Problem
 from tests.hub import FakeHub, fake_hub
 
 SHARDS = ["data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
@@ -204,3 +210,159 @@ def test_a_card_that_blows_up_is_refused() -> None:
         card_configs("---\n" + "\n".join(lines) + "\n---\n")
     with pytest.raises(ValueError, match="nested too deeply"):
         card_configs("---\na: " + "[" * 20_000 + "]" * 20_000 + "\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "revision", "kind", "key", "reason", "fix"),
+    [
+        (
+            "GatedRepoError",
+            None,
+            DataError,
+            "dataset_name",
+            "its owner must grant you access",
+            "request access on its page, then log in: hf auth login",
+        ),
+        ("RevisionNotFoundError", "v2", ConfigError, "revision", "it has no revision v2", "correct the revision"),
+        (
+            "RevisionNotFoundError",
+            None,
+            ConfigError,
+            "revision",
+            "it has no revision refs/convert/parquet",
+            "name a branch that holds Parquet files",
+        ),
+        (
+            "RepositoryNotFoundError",
+            None,
+            ConfigError,
+            "dataset_name",
+            "there is no such dataset, or it is private",
+            "correct the name, or log in: hf auth login",
+        ),
+        (
+            "HFValidationError",
+            None,
+            ConfigError,
+            "dataset_name",
+            "it is neither a path that exists nor an id such as owner/name",
+            "correct it",
+        ),
+        (
+            "LocalEntryNotFoundError",
+            None,
+            DataError,
+            "dataset_name",
+            "no network",
+            "fetch it once with the network (without HF_HUB_OFFLINE), or give a folder",
+        ),
+        (
+            "HfHubHTTPError",
+            None,
+            DataError,
+            "dataset_name",
+            "no network",
+            "check the network, then start again: what was fetched is kept",
+        ),
+    ],
+)
+def test_why_a_dataset_cannot_be_fetched_decides_what_to_do(error, revision, kind, key, reason, fix) -> None:
+    made = getattr(errors, error)
+    answer = httpx.Response(404, request=httpx.Request("GET", "http://x"))
+    takes_answer = issubclass(made, errors.HfHubHTTPError) and made is not errors.LocalEntryNotFoundError
+    raised = made("no\n  network", **({"response": answer} if takes_answer else {}))
+    with pytest.raises(kind) as caught:
+        hub_module._refuse(raised, wanted("me/set", revision=revision, file="data.json"))
+    message = f"the dataset me/set cannot be fetched: {reason}"
+    assert caught.value.problems == [Problem(message, f"a.{key}", "data.json", fix=fix)]
+    assert type(caught.value) is kind
+
+
+def test_a_dataset_on_the_hub_is_asked_for_its_files_its_card_and_those_of_the_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the calls of huggingface_hub in place of a network: a dataset without tables has them on another branch."""
+    import huggingface_hub
+
+    asked: list[tuple] = []
+    branches = {None: ["images.tar"], "refs/convert/parquet": [*CONVERTED, "README.md", "d[1]/train/0.parquet"]}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+
+    class Api:
+        def list_repo_files(self, name: str, repo_type: str, revision: str | None) -> list[str]:
+            asked.append(("list", name, repo_type, revision))
+            return branches[revision]
+
+    def fetch(name: str, file: str, repo_type: str, revision: str | None) -> str:
+        asked.append(("card", name, file, repo_type, revision))
+        return str(tmp_path / "README.md")
+
+    def snapshot(name: str, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(("fetch", name, repo_type, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub_module, "why_unreachable", lambda: None)
+    for name, instead in (("HfApi", Api), ("hf_hub_download", fetch), ("snapshot_download", snapshot)):
+        monkeypatch.setattr(huggingface_hub, name, instead)
+    branch = "refs/convert/parquet"
+    assert find_tables(wanted("me/set", config="d[1]")) == {"d[1]/train/0.parquet": tmp_path / "d[1]/train/0.parquet"}
+    assert asked == [
+        ("list", "me/set", "dataset", None),
+        ("list", "me/set", "dataset", branch),
+        ("card", "me/set", "README.md", "dataset", branch),
+        ("fetch", "me/set", "dataset", branch, ["d[[]1]/train/0.parquet"]),
+    ]
+    asked.clear()
+    branches["v1"] = SHARDS
+    assert list(find_tables(wanted("me/set", revision="v1"))) == SHARDS[1:]
+    assert asked == [
+        ("list", "me/set", "dataset", "v1"),
+        ("fetch", "me/set", "dataset", "v1", SHARDS[1:]),
+    ]
+
+
+def test_every_word_for_a_split_is_known_and_the_last_of_a_path_counts() -> None:
+    words = {
+        **dict.fromkeys(("train", "training"), "train"),
+        **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+        **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    }
+    for word, split in words.items():
+        assert choose_files([f"a/{word.upper()}.parquet"], None, None, split) == [f"a/{word.upper()}.parquet"]
+    assert choose_files(["train/x-test-1.parquet"], None, None, "test") == ["train/x-test-1.parquet"]
+    assert choose_files([".hidden/train.parquet", "trained.parquet"], None, None, "train") == ["trained.parquet"]
+    assert choose_files(["data/big/a.parquet", "small/a.parquet"], None, "big", "train") == ["data/big/a.parquet"]
+    one = ["only/train/0.parquet", "only/test/0.parquet"]
+    assert choose_files(one, None, None, "train") == one[:1]
+
+
+def test_a_card_names_files_of_several_forms() -> None:
+    def card(text: str) -> str:
+        return f"---\n{text}\n---\n"
+
+    found = card_configs(card("configs:\n- data_files: [a/*, {split: held, path: b}]\n- config_name: none"))
+    assert found == {"default": {"train": ["a/*"], "held": ["b"]}}
+    assert card_configs(card("configs:\n- {config_name: 3, data_files: x}\n- text")) == {"3": {"train": ["x"]}}
+    assert [card_configs(text) for text in (card("[a]"), "no matter", "---\nconfigs: 3", card("configs:"))] == [{}] * 4
+    with pytest.raises(ValueError, match=r"^data_files of c are not split and path$"):
+        card_configs(card("configs:\n- {config_name: c, data_files: [{split: train}]}"))
+    with pytest.raises(ValueError, match="refers back to itself"):
+        card_configs(card("a: &a [x]\nb: *a"))
+
+
+def test_the_files_of_embeddings_that_rows_name_are_found_by_the_target(tmp_path: Path) -> None:
+    def record(name: str, *files: str, dropped: str | None = None) -> Record:
+        made = [Path(file) for file in files]
+        target = tmp_path / f"{name}.png"
+        return Record(name, target, (), ("a",), tmp_path / "sub/rows.jsonl", 1, tuple(made), dropped and Path(dropped))
+
+    records = [record("1-a", "x", "y", dropped="d"), record("2-b", "z"), record("3-c")]
+    for location, folder in ((tmp_path, "sub/rows.jsonl/"), (tmp_path / "sub/rows.jsonl", "")):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        named = RecordFiles(records, location, is_dropped=False)
+        paths = [f"{folder}{name}.png" for name in ("2-b", "1-a", "3-c", "4-d")]
+        assert named.take(paths) == ["z", "x\x1ey", None, None]
+        assert RecordFiles(records, location, is_dropped=True).take(paths) == [None, "d", None, None]
+        assert named.table == location
+        digest = hashlib.sha256(repr([(f"{folder}1-a.png", "x\x1ey"), (f"{folder}2-b.png", "z")]).encode()).hexdigest()
+        assert named.digest == digest
