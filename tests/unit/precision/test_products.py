@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError
-from simpletuner.precision import product_trials, products
+from simpletuner.precision import product_trials, products, timing
 from simpletuner.precision.linear import QuantizedLinear, exact_activations
 from simpletuner.precision.product_trials import choose_products, chosen_products
 from simpletuner.precision.products import (
@@ -327,6 +328,21 @@ def test_where_nothing_is_timed_all_are_in_8_bits(monkeypatch: pytest.MonkeyPatc
 def test_all_ways_are_really_timed() -> None:
     [line] = choose_products(nn.Sequential(packed()), ACCELERATOR, torch.bfloat16, {}, is_timed=True)[:1]
     assert line.count("ms unpacked") == 2
+
+
+def test_the_middle_of_five_rounds_counts_after_three_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways take turns; those rounds take 4, 1, 5, 2 and 3 s of the first way, and twice as much of the other."""
+    rounds = (100.0, 100.0, 100.0, 4.0, 1.0, 5.0, 2.0, 3.0)
+    taken = iter([length * factor for length in rounds for factor in (1, 2)])
+    clock, calls = [0.0], []
+
+    def way(name: str) -> None:
+        calls.append(name)
+        clock[0] += next(taken)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing.median_seconds([partial(way, "first"), partial(way, "second")], CPU) == [3.0, 6.0]
+    assert calls == ["first", "second"] * 8
 
 
 def test_a_processor_multiplies_in_8_bits_without_a_trial() -> None:
