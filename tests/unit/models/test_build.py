@@ -7,9 +7,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from simpletuner.cli.program import app
@@ -19,11 +22,15 @@ from simpletuner.commands.plan import plan
 from simpletuner.config.loading import LoadedRun
 from simpletuner.errors import ConfigError
 from simpletuner.launch import family_of_export, family_of_model
-from simpletuner.models import build
+from simpletuner.models import build, lazy_vae
+from simpletuner.models.devices import adapter_dtype, number_formats, weight_dtype
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.lazy_vae import LazyVae
 from simpletuner.models.omnigen.family import OmniGen
+from simpletuner.precision.quantize import NumberFormats
 from simpletuner.training.planning.memory import decode_bytes
 from simpletuner.training.trainer import train
+from tests.configs import config_of
 from tests.runs import dataset, load_here, write_images, write_run
 
 OPTIONS = {
@@ -146,6 +153,86 @@ def test_a_model_alone_is_packed_as_asked(omnigen_folder: Path, built: list[Mode
     assert family_of_model(str(omnigen_folder), "omnigen").number_formats.base == "no_change"
     with pytest.raises(ConfigError, match="no model folder"):
         family_of_model("./nowhere", "omnigen")
+
+
+FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, BRAIN),  # mixed_precision is bf16, model_type is lora
+        ({"mixed_precision": "no"}, FLOAT),
+        ({"mixed_precision": "fp16"}, HALF),
+        ({"base_model_default_dtype": "fp32"}, FLOAT),
+        ({"base_model_default_dtype": "bf16"}, BRAIN),
+        ({"model_type": "full", "optimizer": "adamw_bf16"}, BRAIN),
+        ({"model_type": "full", "optimizer": "optimi-lion"}, BRAIN),
+        ({"model_type": "full", "optimizer": "torch-adamw"}, FLOAT),
+        ({"model_type": "lora", "optimizer": "torch-adamw"}, BRAIN),
+        ({"model_type": "full", "optimizer": "adamw_bf16", "mixed_precision": "fp16"}, FLOAT),
+        ({"model_type": "full", "optimizer": "adamw_bf16", "base_model_default_dtype": "fp32"}, FLOAT),
+    ],
+)
+def test_weights_have_the_dtype_in_which_they_can_train(options: dict[str, str], dtype: torch.dtype) -> None:
+    assert weight_dtype(config_of(**options)) == dtype
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "optimizer", "dtype"),
+    [
+        ("bf16", "adamw_bf16", BRAIN),
+        ("bf16", "optimi-lion", FLOAT),
+        ("no", "adamw_bf16", FLOAT),
+        ("fp16", "adamw_bf16", FLOAT),
+    ],
+)
+def test_an_adapter_is_float32_but_for_one_optimizer(mixed_precision: str, optimizer: str, dtype: torch.dtype) -> None:
+    assert adapter_dtype(config_of(mixed_precision=mixed_precision, optimizer=optimizer)) == dtype
+
+
+def test_number_formats_are_those_of_their_options_in_the_order_of_the_encoders() -> None:
+    options = {f"text_encoder_{n}_precision": f"int{2 * n}-quanto" for n in (1, 2)}
+    options |= {"text_encoder_3_precision": "nf4-bnb", "text_encoder_4_precision": "fp8-quanto"}
+    given = {"base_model_precision": "int8-quanto", "quantize_activations": True, "text_encoder_offload": True}
+    found = number_formats(config_of(**options, **given))
+    encoders = ("int2-quanto", "int4-quanto", "nf4-bnb", "fp8-quanto")
+    assert found == NumberFormats("int8-quanto", True, True, encoders, True)
+    assert [found.of_encoder(index) for index in range(5)] == [*encoders, "no_change"]
+    assert number_formats(config_of()) == NumberFormats("no_change", False, True, ("no_change",) * 4, False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize_via": "cpu"},
+        {"quantize_via": "accelerator", "musubi_blocks_to_swap": 1},
+        {"quantize_via": "accelerator", "enable_group_offload": True},
+    ],
+)
+def test_what_waits_in_main_memory_is_packed_there(options: dict[str, Any]) -> None:
+    assert not number_formats(config_of(**options)).packs_on_device
+    assert number_formats(config_of(quantize_via="accelerator")).packs_on_device
+
+
+def test_a_small_vae_stays_and_one_of_more_than_256_mib_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[nn.Module] = []
+
+    def load_vae() -> nn.Module:
+        loaded.append(nn.Linear(2, 3, dtype=torch.float64))
+        return loaded[-1]
+
+    vae = LazyVae(cast(ModelFamily, SimpleNamespace(load_vae=load_vae, device=torch.device("cpu"))))
+    vae.keep_if_small()
+    assert loaded == []
+    assert lazy_vae.SMALL_BYTES == 268_435_456
+    assert vae.load() is vae.load() is loaded[0]
+    assert lazy_vae.num_bytes(loaded[0]) == 72  # 2 x 3 weights and 3 biases of 8 bytes
+    for limit, count in ((72, 1), (71, 2)):
+        monkeypatch.setattr(lazy_vae, "SMALL_BYTES", limit)
+        vae.keep_if_small()
+        vae.load()
+        assert len(loaded) == count
 
 
 @pytest.mark.slow
