@@ -79,7 +79,7 @@ class RowScaled(WeightFormat):
 def group_size(columns: int, largest: int = 128) -> int:
     """Columns that share a scale: the largest multiple of 32 up to `largest` that divides a row, else the whole row."""
     sizes = (size for size in range(largest, 0, -32) if columns % size == 0)
-    return next(sizes, columns) if columns > 32 else columns
+    return next(sizes, columns)
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline
+from diffusers import Flux2Pipeline, SanaPipeline
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 
 from simpletuner.adapters.lycoris import attach_lycoris
@@ -17,6 +19,11 @@ from simpletuner.diffusion.loss import sample_means
 from simpletuner.families.registry import family_names, get_family_class, get_spec
 from simpletuner.models.components import ModelSource, check_local_model
 from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.krea2 import family as krea2
+from simpletuner.models.lumina2 import family as lumina2
+from simpletuner.models.omnigen2 import family as omnigen2
+from simpletuner.models.qwen_image import family as qwen_image
+from simpletuner.models.qwen_image_edit import preparation
 from simpletuner.reporting.events import PreviewMade
 from simpletuner.training.losses.l2 import squared_error
 from simpletuner.training.planning.memory import decode_bytes
@@ -61,6 +68,72 @@ def test_the_tiny_folder_has_every_component(family: ModelFamily):
     assert check_local_model(family.source, family.spec) == []
 
 
+# Of the tiny folders: tokens of two prompts and of none, the longest side, what files call the weights, whether prompts
+# are read one by one, and the shift of training for an image of 1024 patches.
+OF_WEIGHTS = {
+    "omnigen": ([20, 26, 16], 256, "omnigen-v1", False, 1.0),
+    "sdxl": ([6, 12, 2], None, "stable-diffusion-xl-v1-base", False, 1.0),
+    "sd15": ([6, 12, 2], None, "stable-diffusion-v1", False, 1.0),
+    "flux": ([7, 16, 1], None, "flux-1-dev", False, 1.8776),
+    "sd3": ([7, 16, 1], 256, "stable-diffusion-3.5-medium", False, 3.0),
+    "chroma": ([6, 14, 1], None, "chroma", False, 1.8776),
+    "omnigen2": ([113, 122, 108], None, "omnigen2", True, 1.0),
+    "kolors": ([6, 12, 2], None, "kolors", False, 1.0),
+    "hunyuan_dit": ([7, 16, 1], None, "hunyuan-dit-v1.1", False, 1.0),
+    "qwen_image": ([133, 142, 128], None, "Qwen-Image", True, 1.7138),
+    "qwen_image_edit": ([274, 283, 269], None, "Qwen-Image-Edit", True, 1.7138),
+    "z_image": ([24, 33, 19], 8192, "Z-Image", False, 3.0),
+    "flux2": ([30, 39, 25], None, "flux-2-klein", False, 1.8776),
+    "krea2": ([125, 134, 120], None, "krea-2", True, 1.7883),
+    "qwen_image_21": ([24, 33, 20], None, "qwen-image-2.1", True, 2.0008),
+    "pixart_sigma": ([7, 16, 1], None, "pixart-sigma", False, 1.0),
+    "sana": ([7, 16, 2], None, "sana", True, 3.0),
+    "auraflow": ([4, 10, 0], 256, "auraflow", False, 1.73),
+    "lumina2": ([170, 179, 1], 8192, "lumina-2", True, 6.0),
+}
+# What decides the embeddings of a prompt beside family and length: a part of the key of every cached one.
+PROMPT_FACTS = {
+    "sdxl": {"zeroes_empty_prompts": True},
+    "sd15": {"clip_skip": 1},
+    "omnigen2": {"template": [omnigen2.TEMPLATE, omnigen2.SYSTEM_PROMPT, omnigen2.DROPPED_SYSTEM_PROMPT]},
+    "qwen_image": {"template": [qwen_image.TEMPLATE, 34]},
+    "qwen_image_edit": {"template": [preparation.TEMPLATE, 64], "images": [True, 384 * 384]},
+    "z_image": {"template": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", "layer": -2},
+    "flux2": {"states": (9, 18, 27), "system": SYSTEM_MESSAGE},
+    "krea2": {
+        "template": [krea2.PREFIX, 34, "<|im_end|>\n<|im_start|>assistant\n", 5],
+        "layers": [2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35],
+    },
+    "qwen_image_21": {
+        "template": [
+            "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n",
+            "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+            "<image{}><|vision_start|><|image_pad|><|vision_end|>",
+        ],
+        "before the norm": True,
+    },
+    "pixart_sigma": {"lower_case": True},
+    "sana": {
+        "instruction": "\n".join(signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+    },
+    "lumina2": {"template": lumina2.SYSTEM_PROMPT + "{prompt}", "layer": -2},
+}
+
+
+def test_what_the_weights_and_tokenizers_of_a_family_say(family: ModelFamily):
+    name = family.spec.name
+    found = (
+        family.count_prompt_tokens(["a cat", "a cat on a mat", ""]),
+        family.largest_side(),
+        family.architecture,
+        family.reads_prompts_singly,
+        round(family.training_shift(1024), 4),
+    )
+    assert found == OF_WEIGHTS[name]
+    own = {"family": family.spec.family_class, "max_prompt_tokens": family.spec.max_prompt_tokens}
+    assert family.prompt_facts() == own | PROMPT_FACTS.get(name, {})
+
+
 def test_a_batch_of_two_equals_two_batches_of_one(family: ModelFamily):
     denoiser = family.load_denoiser()
     latents, sigmas = randn(*latent_shape(family, 2)), torch.tensor([0.2, 0.7])
@@ -90,18 +163,24 @@ def test_the_prompt_and_sigma_reach_the_denoiser(family: ModelFamily):
 def test_the_loss_and_its_gradients_are_finite_with_and_without_checkpointing(family: ModelFamily):
     latents, noise = randn(*latent_shape(family, 2)), randn(*latent_shape(family, 2), seed=1)
     sigmas = family.sigmas_at(torch.tensor([0.3, 0.8], dtype=torch.float64), latents)
-    gradients = []
+    gradients, begun_counts = [], []
     for uses_checkpointing in (False, True):
         denoiser = family.load_denoiser().train().requires_grad_(True)
         if uses_checkpointing:
             denoiser.enable_gradient_checkpointing()
+        begun: list[nn.Module] = []
+        blocks = [each for each in denoiser.modules() if type(each).__name__ in family.spec.block_classes]
+        for block in blocks:
+            block.register_forward_pre_hook(lambda module, inputs, begun=begun: begun.append(module))
         noisy_latents, target = (make(latents, noise, sigmas) for make in (family.make_noisy, family.make_target))
         conditioning = family.collate(batch_of(family, latents, PROMPTS))
         prediction = family.predict(denoiser, noisy_latents, sigmas, conditioning)
         loss = sample_means(squared_error(prediction, target)).mean()
         loss.backward()
+        begun_counts.append(len(begun))
         assert loss.isfinite()
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None})
+    assert begun_counts[1] >= 1.5 * begun_counts[0]  # again in the backward pass, but for some at an end in diffusers
     plain, checkpointed = gradients
     assert len(plain) > 0.9 * len(list(denoiser.parameters()))
     assert plain.keys() == checkpointed.keys()

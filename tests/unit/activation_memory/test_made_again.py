@@ -59,6 +59,20 @@ def test_a_tensor_that_several_places_ask_for_is_made_once_and_let_go_of() -> No
     assert calls.silu.expired()
 
 
+def test_what_one_place_needs_twice_is_made_once() -> None:
+    x, y = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = F.silu(x)  # asked for by no saved place of its own
+        return ((made * 2 + made * 3) * y).sum() + x.square().sum()
+
+    output = traced(function, x, y)
+    with Calls() as calls:
+        [gradient] = torch.autograd.grad(output, y)
+    assert calls.names.count("silu") == 1
+    torch.testing.assert_close(gradient, 5 * F.silu(x))
+
+
 def test_a_small_tensor_is_kept_where_its_source_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "LARGE", 64)
     x, y = (torch.randn(4, 4, requires_grad=True) for _ in range(2))

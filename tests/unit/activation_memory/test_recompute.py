@@ -178,7 +178,10 @@ def test_gradients_of_a_norm_are_computed_in_float32_and_rounded_once(dtype: tor
     """Half of the last bit away from those of float64; each operation in 8 bits would add such an error."""
     x, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((64, 48), (48,)))
     gradient = torch.randn(64, 48, dtype=dtype)
-    found = torch.autograd.grad(rms_norm(x, weight, 1e-3), (x, weight), gradient)
+    output = rms_norm(x, weight, 1e-3)
+    assert output.grad_fn is not None
+    assert output.grad_fn.name() == "_RmsNormBackward"  # on the CPU in a third of the time of torch's own
+    found = torch.autograd.grad(output, (x, weight), gradient)
     wide = [each.detach().double().requires_grad_() for each in (x, weight)]
     normed = wide[0] / (wide[0].square().mean(-1, keepdim=True) + 1e-3).sqrt() * wide[1]
     for actual, exact in zip(found, torch.autograd.grad(normed, wide, gradient.double()), strict=True):

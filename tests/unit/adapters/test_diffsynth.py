@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights
 from simpletuner.commands.convert import convert
 from simpletuner.config.lora import unknown_targets
 from simpletuner.errors import ConfigError
-from simpletuner.families.diffsynth import target_patterns
+from simpletuner.families.diffsynth import _as_patterns, target_patterns
 from simpletuner.families.registry import get_spec
 from tests.tiny import tiny_omnigen_transformer
 from tests.tiny_flux import tiny_flux_transformer
@@ -181,6 +182,15 @@ def test_the_container_of_a_layer_is_a_target_too() -> None:
         "a_to_out.0",
         "to_qkv_mlp",
     ]
+
+
+def test_a_pattern_stands_for_wanted_layers_alone() -> None:
+    """Where a pattern of the family fits a layer more, the wanted ones are named one by one."""
+    spec = SimpleNamespace(default_lora_targets=("b.*",), target_groups={"all": ("a.x", "b.*")})
+    layers = ["a.x", "b.y", "b.z", "c"]
+    assert _as_patterns(["b.y", "c"], layers, spec) == ("b.y", "c")
+    assert _as_patterns(["c", "b.z", "a.x", "b.y"], layers, spec) == ("b.*", "a.x", "c")
+    assert _as_patterns(["c"], ["c"], spec) == ("c",)
 
 
 def test_a_family_that_it_does_not_have_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from simpletuner.adapters import compress as compress_module
 from simpletuner.adapters.compress import compress, rank_that_keeps
 from simpletuner.adapters.effect import make_module, weight_change
 from simpletuner.adapters.files import apply_weights
@@ -226,3 +227,25 @@ def test_ranks_are_counted_in_the_energy_that_they_leave_out(share: float, rank:
     assert rank_that_keeps(AdapterWeights({"a": module}), nn.ModuleDict({"a": layer}), share) == rank
     nothing = {**module, UP: torch.zeros(3, 3)}
     assert rank_that_keeps(AdapterWeights({"a": nothing}), nn.ModuleDict({"a": layer}), share) == 1
+
+
+@pytest.mark.parametrize(("limit", "is_whole"), [(4, True), (3, False)])
+def test_the_smaller_side_decides_whether_all_singular_values_are_computed(
+    limit: int, is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diagonal (5, 3, 2, 1) beside two columns of zeros: of rank 2 the LoRA is its first two entries."""
+    change = torch.zeros(4, 6)
+    change[range(4), range(4)] = torch.tensor([5.0, 3.0, 2.0, 1.0])
+    taken: list[int] = []
+    lowrank = torch.svd_lowrank
+    monkeypatch.setattr(compress_module, "FULL_SVD_SIDE", limit)
+    monkeypatch.setattr(torch, "svd_lowrank", lambda matrix, q, niter: taken.append(q) or lowrank(matrix, q, niter))
+    found = compress_module._nearest(change, 2, torch.float32)
+    assert taken == ([] if is_whole else [4])  # 16 more than the rank, and no more than the matrix has
+    expected = torch.zeros(4, 6)
+    expected[0, 0], expected[1, 1] = 5.0, 3.0
+    torch.testing.assert_close(found[UP] @ found[DOWN], expected)
+    assert found[ALPHA] == 2
+    # The root of each singular value stands on both sides.
+    torch.testing.assert_close(found[UP].norm(dim=0).square(), torch.tensor([5.0, 3.0]))
+    torch.testing.assert_close(found[DOWN].norm(dim=1).square(), torch.tensor([5.0, 3.0]))

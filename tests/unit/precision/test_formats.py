@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError
-from simpletuner.precision.formats import pack_bits, unpack_bits
+from simpletuner.precision.formats import group_size, pack_bits, unpack_bits
 from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.products import UNPACKED
 from simpletuner.precision.quantize import (
@@ -103,6 +103,21 @@ def test_four_and_two_bits_are_those_of_quanto(name: str, bits: int) -> None:
     rounded = torch.clamp(torch.round((weight.reshape(-1, 128) + shift) / scale), 0, 2**bits - 1)
     packed = QuantizedLinear(layer(torch.float32), get_format(name))
     torch.testing.assert_close(packed.weight, (rounded * scale - shift).view_as(weight), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("columns", "size"),
+    [(512, 128), (128, 128), (96, 96), (192, 96), (160, 32), (64, 64), (32, 32), (16, 16), (33, 33), (100, 100)],
+)
+def test_a_group_is_the_largest_multiple_of_32_up_to_128_that_divides_a_row(columns: int, size: int) -> None:
+    assert group_size(columns) == size
+
+
+@pytest.mark.parametrize(("bits", "byte"), [(4, 0x21), (2, 0b11_00_10_01)])
+def test_the_first_value_lies_in_the_lowest_bits(bits: int, byte: int) -> None:
+    values = torch.tensor([[1, 2] if bits == 4 else [1, 2, 0, 3]], dtype=torch.uint8)
+    assert pack_bits(values, bits).tolist() == [[byte]]
+    assert unpack_bits(torch.tensor([[byte]], dtype=torch.uint8), bits).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -325,9 +325,20 @@ def test_where_nothing_is_timed_all_are_in_8_bits(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("on_processor")
-def test_all_ways_are_really_timed() -> None:
+def test_all_ways_are_really_timed_in_the_dtype_of_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: set[tuple[str, torch.dtype, torch.Size]] = set()
+    for name in ("output", "gradient"):
+        compute = getattr(QuantizedLinear, name)
+
+        def noted(layer: Any, x: Tensor, *rest: Any, name: str = name, compute: Any = compute) -> Tensor:
+            given.add((name, x.dtype, x.shape))
+            return compute(layer, x, *rest)
+
+        monkeypatch.setattr(QuantizedLinear, name, noted)
     [line] = choose_products(nn.Sequential(packed()), ACCELERATOR, torch.bfloat16, {}, is_timed=True)[:1]
     assert line.count("ms unpacked") == 2
+    # So many rows as `on_processor` says, of the layer's 64 inputs and 48 outputs.
+    assert given == {("output", torch.bfloat16, (48, 64)), ("gradient", torch.bfloat16, (48, 48))}
 
 
 def test_the_middle_of_five_rounds_counts_after_three_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
