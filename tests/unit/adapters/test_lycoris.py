@@ -11,6 +11,7 @@ from lycoris.config import PRESET
 from lycoris.logging import logger
 from lycoris.wrapper import LycorisNetwork, create_lycoris
 
+from simpletuner.adapters import lycoris
 from simpletuner.adapters.base import MatchCount
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.targets import resolve_targets
@@ -289,3 +290,22 @@ def test_a_strength_multiplies_the_multiplier_that_is_written() -> None:
     assert {module.multiplier for module in adapter.network.loras} == {0.5}
     with adapter.scaled(3.0):
         assert {module.multiplier for module in adapter.network.loras} == {1.5}
+
+
+def test_kernels_that_cannot_be_had_are_reported_where_they_were_wanted(quickstart, monkeypatch) -> None:
+    """A CPU has none; a run that had them is told that its last bits differ."""
+    adapter = attach(quickstart)[1]
+    given = torch.device("cpu"), torch.float32
+    assert adapter.choose_kernels(*given, {}) == adapter.choose_kernels(*given, {"4x4 8x8": False}) == []
+    assert adapter.choose_kernels(*given, {"4x4 8x8": False, "2x2 8x8": True}) == [
+        "LoKr: two products; this run had LyCORIS' kernels before, so the last bits differ"
+    ]
+
+    def fail(device: torch.device) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(lycoris, "fused_kernels", fail)
+    assert adapter.choose_kernels(*given, {}) == [
+        "LoKr: two products, since LyCORIS' kernels cannot be loaded: no compiler"
+    ]
+    assert adapter.kernel_choice == {}

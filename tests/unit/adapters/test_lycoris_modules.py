@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lycoris.modules.dylora import DyLoraModule
 from lycoris.modules.ia3 import IA3Module
 from torch import nn
 
 from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.lycoris_full import FullDifference
 from simpletuner.adapters.lycoris_modules import prepare_module, rotations
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -154,3 +156,102 @@ def test_rotations_are_those_of_lycoris(constraint: float) -> None:
     expected = (torch.eye(4) + q) @ (torch.eye(4) - q).inverse()
     torch.testing.assert_close(rotations(blocks, torch.eye(4), constraint), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(expected @ expected.mT, torch.eye(4).expand(3, 4, 4), rtol=0, atol=1e-4)
+
+
+def fixed_draws(monkeypatch: pytest.MonkeyPatch, *draws: float) -> None:
+    """`torch.rand` gives these numbers, as many as it is asked for."""
+    monkeypatch.setattr(torch, "rand", lambda size: torch.tensor(draws[:size]))
+
+
+def with_matrix(**settings: Any) -> tuple[nn.Linear, FullDifference]:
+    """A layer that gives its bias (10, 20), and D = ((1, 2), (3, 4)) with a bias of (1, 1) beside it, twice."""
+    layer = nn.Linear(2, 2)
+    layer.weight.data.zero_()
+    layer.bias.data = torch.tensor([10.0, 20.0])
+    module = FullDifference("full", layer, 2.0, **settings)
+    assert module.bias is not None
+    module.weight.data, module.bias.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2)
+    module.apply_to()
+    return layer, module
+
+
+ONES = torch.ones(1, 2)
+
+
+def test_a_whole_matrix_and_its_bias_are_added_as_often_as_the_multiplier_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, module = with_matrix(module_dropout=0.5, rank_dropout=0.5)
+    fixed_draws(monkeypatch, 0.0, 0.0)
+    module.eval()
+    assert layer(ONES).tolist() == [[10 + 2 * (3 + 1), 20 + 2 * (7 + 1)]]
+    module.restore()
+    assert layer(ONES).tolist() == [[10, 20]]
+
+
+@pytest.mark.parametrize(("draw", "expected"), [(0.4, [10, 20]), (0.5, [18, 36]), (0.6, [18, 36])])
+def test_a_module_is_dropped_where_the_draw_is_below_its_share(
+    draw: float, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, module = with_matrix(module_dropout=0.5)
+    fixed_draws(monkeypatch, draw)
+    assert layer(ONES).tolist() == [expected]
+    module.eval()
+    assert layer(ONES).tolist() == [[18, 36]]
+
+
+@pytest.mark.parametrize(("scales", "second"), [(False, 36), (True, 52)])
+def test_rows_of_a_whole_matrix_are_dropped_with_their_bias(
+    scales: bool, second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second row is kept; where the others are scaled up it counts twice: 20 + 2 * 2 * 8."""
+    layer, _ = with_matrix(rank_dropout=0.5, rank_dropout_scale=scales)
+    fixed_draws(monkeypatch, 0.5, 0.9)
+    assert layer(ONES).tolist() == [[10, second]]
+
+
+def dylora(**settings: Any) -> tuple[nn.Linear, DyLoraModule]:
+    """Two blocks of two ranks; of an input of ones the first block makes 8 and the second 16."""
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data.zero_()
+    module = DyLoraModule("dylora", layer, 2.0, lora_dim=4, alpha=3, block_size=2, **settings)
+    for number, (down, up) in enumerate(zip(module.down_list, module.up_list, strict=True), start=1):
+        down.data.fill_(number)
+        up.data.fill_(1)
+    prepare_module(module)
+    module.apply_to()
+    return layer, module
+
+
+@pytest.mark.parametrize(("last", "value"), [(0, 2 * 8 * 3 / 2), (1, 2 * 24 * 3 / 4)])
+def test_dylora_cuts_to_a_rank_scales_by_alpha_over_it_and_teaches_the_last_block(
+    last: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, module = dylora()
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: asked.append(high) or torch.tensor(last))
+    output = layer(torch.ones(1, 4))
+    assert output.tolist() == [[value] * 4]
+    output.sum().backward()
+    assert [down.grad is not None for down in module.down_list] == [number == last for number in range(2)]
+    assert [up.grad is not None for up in module.up_list] == [number == last for number in range(2)]
+    assert asked == [2]
+    module.eval()
+    assert layer(torch.ones(1, 4)).tolist() == [[36.0] * 4]
+    assert asked == [2]
+
+
+def test_dylora_and_ia3_are_dropped_where_the_draw_is_below_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(1))
+    layer, module = dylora(module_dropout=0.5)
+    scaled = nn.Linear(2, 1)
+    scaled.weight.data, scaled.bias.data = torch.tensor([[1.0, 2.0]]), torch.tensor([10.0])
+    ia3 = IA3Module("ia3", scaled, 2.0, module_dropout=0.5)
+    ia3.weight.data.fill_(0.5)
+    prepare_module(ia3)
+    ia3.apply_to()
+    for draw, outputs in ((0.4, (0.0, 13.0)), (0.5, (36.0, 16.0))):  # 3 * (1 + 0.5 * 2) and the bias
+        fixed_draws(monkeypatch, draw)
+        assert (layer(torch.ones(1, 4))[0, 0].item(), scaled(ONES).item()) == outputs
+    fixed_draws(monkeypatch, 0.0)
+    module.eval()
+    ia3.eval()
+    assert (layer(torch.ones(1, 4))[0, 0].item(), scaled(ONES).item()) == (36.0, 16.0)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from simpletuner.adapters.formats import peft_metadata
+from simpletuner.adapters.formats import modules_in_file, peft_metadata, with_multiplier_in_weights
 from simpletuner.adapters.weights import (
     ALPHA,
     DORA,
@@ -26,11 +26,16 @@ from simpletuner.adapters.weights import (
     with_unit_scale,
 )
 from simpletuner.errors import ConfigError
+from simpletuner.families.registry import get_spec
 from simpletuner.models.omnigen.spec import OMNIGEN
 
 
 def matrix(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows)
+
+
+ONE = matrix([1.0])
+PLAIN = {UP: ONE, DOWN: ONE}
 
 
 def change(lora) -> torch.Tensor:
@@ -145,6 +150,31 @@ def test_a_change_that_is_no_multiple_of_a_weight_is_not_scaled():
     assert scaled(decomposed, 1) == decomposed
 
 
+def test_a_multiplier_goes_into_the_weights_or_is_refused_with_what_has_none():
+    weights = AdapterWeights({"a": PLAIN, "b": {"lokr_w1": matrix([2.0])}}, lycoris={"multiplier": 3.0, "algo": "x"})
+    found = with_multiplier_in_weights(weights)
+    assert found.modules["a"][UP].tolist() == [[3.0]]
+    assert found.modules["a"][DOWN].tolist() == [[1.0]]
+    assert found.modules["b"]["lokr_w1"].tolist() == [[6.0]]
+    assert found.lycoris == {"multiplier": 1.0, "algo": "x"}
+    assert with_multiplier_in_weights(found) is found
+    for module, kind in ((PLAIN | {DORA: matrix([1.0])}, "weight decomposition"), ({"oft_blocks": ONE}, "oft")):
+        message = rf"multiplier: the multiplier 3 cannot be put into the weights of {kind} \(c\)"
+        with pytest.raises(ConfigError, match=message):
+            with_multiplier_in_weights(AdapterWeights({"c": module}, lycoris={"multiplier": 3}))
+
+
+def test_diffsynth_files_hold_plain_lora_of_families_that_it_has():
+    flux, layer = get_spec("flux"), {"transformer_blocks.0.attn.to_q": PLAIN}
+    for spec, modules, message in (
+        (OMNIGEN, layer, "format: DiffSynth-Studio has no OmniGen"),
+        (flux, {"a": {"lokr_w1": ONE}}, "format: diffsynth files hold plain LoRA without weight decomposition"),
+        (flux, {"a": PLAIN | {DORA: ONE}}, "format: diffsynth files hold plain LoRA without weight decomposition"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            modules_in_file(AdapterWeights(modules), spec, "diffsynth", torch.nn.Module())
+
+
 def test_a_lokr_is_whole_where_neither_factor_is_of_low_rank():
     first, second = matrix([1.0]), matrix([2.0])
     assert is_whole_lokr({"lokr_w1": first, "lokr_w2": second})
@@ -157,14 +187,20 @@ def test_only_ranks_that_differ_are_exceptions_for_peft():
         return {UP: torch.ones(3, rank), DOWN: torch.ones(rank, 3), ALPHA: alpha_tensor(rank)}
 
     weights = AdapterWeights({"a.q": lora(4), "a.k": lora(4), "b.q": lora(2)})
-    [text] = peft_metadata(weights, OMNIGEN).values()
-    found = json.loads(text)
-    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (4, 4)
-    assert found["transformer.rank_pattern"] == found["transformer.alpha_pattern"] == {"^b.q": 2}
-    assert found["transformer.target_modules"] == ["a.k", "a.q", "b.q"]
-
-
-PLAIN = {UP: matrix([1.0]), DOWN: matrix([1.0])}
+    metadata = peft_metadata(weights, OMNIGEN)
+    assert list(metadata) == ["lora_adapter_metadata"]
+    assert json.loads(metadata["lora_adapter_metadata"]) == {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 4,
+        "transformer.rank_pattern": {"^b.q": 2},
+        "transformer.alpha_pattern": {"^b.q": 2},
+        "transformer.target_modules": ["a.k", "a.q", "b.q"],
+        "transformer.use_dora": False,
+        "transformer.lora_bias": False,
+    }
+    decomposed = AdapterWeights({"a.q": lora(4), "b.q": lora(4) | {DORA: torch.ones(3, 1)}})
+    found = json.loads(peft_metadata(decomposed, OMNIGEN)["lora_adapter_metadata"])
+    assert (found["transformer.use_dora"], found["transformer.rank_pattern"]) == (True, {})
 
 
 @pytest.mark.parametrize(
