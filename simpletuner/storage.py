@@ -24,6 +24,7 @@ from simpletuner.errors import DataError, Problem, bytes_text, error_text
 from simpletuner.tempnames import clean_stale as clean_stale
 from simpletuner.tempnames import clean_stale_tree as clean_stale_tree
 from simpletuner.tempnames import new_sibling, parse_name
+from simpletuner.text import printable, read_file, read_json_text, read_tensor_header
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 
 _CHUNK_BYTES = 8 << 20
 _QUICK_CHECK_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 30  # a report of some million skipped images is a quarter of it
 
 
 def _step(name: str) -> None:
@@ -90,10 +92,10 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_text(read_file(path, _MAX_JSON_BYTES).decode())
     except json.JSONDecodeError as error:
         raise DataError(Problem(f"is not valid JSON: {error.msg}", file=str(path), line=error.lineno)) from error
-    except (OSError, ValueError, RecursionError) as error:  # also a number of too many digits, and deep nesting
+    except (OSError, ValueError) as error:
         raise DataError(Problem(f"cannot be read: {error}", file=str(path))) from error
 
 
@@ -162,19 +164,15 @@ def read_tensor_metadata(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= length - 8:
-                raise ValueError(f"its {bytes_text(length)} do not hold the header")
-            header = json.loads(file.read(size))
+        header, start = read_tensor_header(path)
+        length = path.stat().st_size
         metadata = header.pop("__metadata__", {})
-        end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != length:
             raise ValueError(f"it has {bytes_text(length)}, not {bytes_text(end)}")
     except OSError as error:
         raise DataError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(Problem(f"is not a complete safetensors file: {error}", file=str(path))) from error
     return metadata
 
@@ -281,6 +279,8 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DataError(Problem(message, file=str(file), allowed=allowed, fix="use a newer version of simpletuner"))
     try:
         files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()}
+        if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f'"{printable(outside[0])}" does not lie in the folder')
         manifest = Manifest(files, raw["metadata"], raw["format_version"])
         digest = manifest.to_json()["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -308,7 +308,9 @@ def verify_dir(path: str | Path, full: bool = True) -> list[str]:
         file = path / name
         try:
             actual = file.stat().st_size
-            if actual != size:
+            if not file.is_file():
+                problems.append(f"{file} is not a regular file")
+            elif actual != size:
                 sizes = f"{bytes_text(actual)}, not the {bytes_text(size)}"
                 problems.append(f"{file} is damaged: it has {sizes} that were written")
             elif (full or size <= _QUICK_CHECK_BYTES) and file_digest(file) != sha256:
@@ -471,16 +473,14 @@ def _fsync_dir(path: Path) -> None:
 
 def _sort_metadata(path: Path) -> None:
     """Sort the metadata in a safetensors header in place: safetensors writes it in a random order."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if "__metadata__" not in header:
-            return
+    header, start = read_tensor_header(path)
+    if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:
-            file.seek(8)
-            file.write(text.ljust(size))
+        if len(text) <= start - 8:
+            with path.open("r+b") as file:
+                file.seek(8)
+                file.write(text.ljust(start - 8))
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -491,7 +491,7 @@ def _json_bytes(value: Any) -> bytes:
 def _held_by_another(path: Path, holder: Path, purpose: str) -> Problem:
     who = "another process"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        info = json.loads(holder.read_text())
+        info = read_json_text(holder.read_text())
         who = f"process {info['pid']} on {info['host']} ({info['purpose']})"
     return Problem(
         f"{purpose}: {who} already does this",

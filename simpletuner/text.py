@@ -7,11 +7,14 @@ silently: bytes that are no text are an error with line and byte.
 from __future__ import annotations
 
 import codecs
+import json
+import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # Of the two marks that begin alike, the longer one first.
 _MARKS = (
@@ -29,6 +32,8 @@ _SEPARATORS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHUNK = 2**20
+_MAX_DEPTH = 100
+_MAX_HEADER_BYTES = 256 << 20
 
 
 class NotText(ValueError):
@@ -94,6 +99,63 @@ def decode(data: bytes) -> str:
     if (at := text.find("\0")) >= 0:
         raise _with_nul(len(_LINE_END.findall(text[:at])) + 1)
     return text
+
+
+def read_json_text(text: str | bytes, *, finite: bool = True, **options: Any) -> Any:
+    """The value in a JSON text that may be damaged or a stranger's.
+
+    Args:
+        finite: refuse NaN, infinities and numbers that become one, which are not JSON and which `int` fails on.
+        options: of `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON, has a number of too many digits, or is nested so deeply that what walks through the
+            value later would fail.
+    """
+    if finite:
+        options = {"parse_float": _finite, "parse_constant": _finite, **options}
+    try:
+        value = json.loads(text, **options)
+        is_deep = _is_deep(value)
+    except RecursionError:
+        is_deep = True
+    if is_deep:
+        raise ValueError(f"more than {_MAX_DEPTH} levels of nesting")
+    return value
+
+
+def read_tensor_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, and where its tensors begin.
+
+    Raises:
+        ValueError: it has none, or one that is longer than any sound one.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(length - 8, _MAX_HEADER_BYTES):
+            raise ValueError("it does not hold the header whose length it gives")
+        header = read_json_text(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return header, 8 + size
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        parts = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [each for part in parts for each in part if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def decode_lenient(data: bytes) -> tuple[str, str | None]:

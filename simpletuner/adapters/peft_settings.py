@@ -14,6 +14,8 @@ from typing import Any
 
 from simpletuner.adapters.formats import PEFT_METADATA
 from simpletuner.errors import DataError, Problem
+from simpletuner.storage import read_json
+from simpletuner.text import read_json_text
 
 CONFIG_FILE = "adapter_config.json"
 # The entry that stands for `adapter_config.json` in the metadata of weights that were read.
@@ -37,10 +39,7 @@ def config_beside(weights: Path) -> dict[str, str]:
     path = weights.with_name(CONFIG_FILE)
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(Problem(f"is not JSON: {error}", file=str(path))) from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise DataError(Problem("is not a JSON object", file=str(path)))
     _require_lora(config, str(path))
@@ -70,11 +69,11 @@ def settings_in(metadata: Mapping[str, str], component: str, file: str) -> dict[
     """
     try:
         if CONFIG_KEY in metadata:
-            return dict(json.loads(metadata[CONFIG_KEY]).items())
+            return dict(read_json_text(metadata[CONFIG_KEY]).items())
         if PEFT_METADATA in metadata:
-            entries = json.loads(metadata[PEFT_METADATA])
+            entries = read_json_text(metadata[PEFT_METADATA])
             return {name.removeprefix(f"{component}."): value for name, value in entries.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise DataError(Problem(f"its PEFT settings cannot be read: {error}", file=file)) from error
     return None
 

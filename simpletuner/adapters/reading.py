@@ -7,7 +7,6 @@ The format is reported by the keys themselves; a file may come from any program 
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from simpletuner.config.paths import adapter_file_in
 from simpletuner.errors import DataError, Problem
 from simpletuner.families.keys import OriginalModule
 from simpletuner.families.spec import FamilySpec
+from simpletuner.text import read_json_text
 
 LYCORIS_CONFIG = "lycoris_config"  # metadata entry with the configuration, as JSON
 
@@ -195,8 +195,8 @@ def lycoris_config_in(metadata: Mapping[str, str], file: str) -> dict[str, Any]:
     if LYCORIS_CONFIG not in metadata:
         return {}
     try:
-        config = json.loads(metadata[LYCORIS_CONFIG])
-    except (ValueError, RecursionError) as error:
+        config = read_json_text(metadata[LYCORIS_CONFIG])
+    except ValueError as error:
         raise DataError(Problem(f"its {LYCORIS_CONFIG} metadata is not JSON: {error}", file=file)) from error
     if not isinstance(config, dict):
         raise DataError(Problem(f"its {LYCORIS_CONFIG} metadata is not a JSON object", file=file))

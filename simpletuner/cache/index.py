@@ -166,7 +166,7 @@ class ShardIndex:
         row = self._database.execute(query, (key,)).fetchone()
         try:
             return (row[0], Entry.from_json(row[1])) if row else None
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise sqlite3.DatabaseError(f"a damaged entry of {row[0]}") from error
 
     @_repaired

@@ -14,17 +14,17 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from simpletuner import storage
 from simpletuner.errors import DataError, Problem, error_text
+from simpletuner.text import read_json_text, read_tensor_header
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "simpletuner-cache"
 FORMAT_VERSION = 1
-_MAX_HEADER_BYTES = 256 << 20
 
 # safetensors' names of element types -> torch's.
 _DTYPES = {
@@ -69,7 +69,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, text: str) -> Entry:
-        digest, rows = json.loads(text)
+        digest, rows = read_json_text(text)
         return cls(digest, tuple(TensorPlace(n, d, tuple(shape), start, end) for n, d, shape, start, end in rows))
 
     @property
@@ -99,12 +99,15 @@ def read_entries(path: Path) -> dict[str, Entry]:
         DamagedShard: the header is not one of ours.
         DataError: a newer version of this program wrote the shard.
     """
-    header, data_start = _read_header(path)
+    try:
+        header, data_start = read_tensor_header(path)
+    except ValueError as error:
+        raise DamagedShard(f"{path} has a damaged header: {error}") from error
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DamagedShard(f"{path} has no header of this cache")
     try:
-        version, digests = int(metadata["version"]), json.loads(metadata["digests"])
+        version, digests = int(metadata["version"]), read_json_text(metadata["digests"])
         if version > FORMAT_VERSION:
             raise DataError(
                 Problem(
@@ -121,7 +124,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             if not data_start <= start <= end:
                 raise DamagedShard(f"{path} has a damaged header")
             places[key].append(TensorPlace(name, info["dtype"], tuple(info["shape"]), start, end))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedShard(f"{path} has a damaged header: {error_text(error)}") from error
     return {key: Entry(digests[key], tuple(places[key])) for key in digests}
 
@@ -147,27 +150,14 @@ def load_entry(descriptor: int, key: str, entry: Entry) -> dict[str, torch.Tenso
     if digest.hexdigest() != entry.digest:
         raise DamagedShard("an entry does not match its sha256")
     tensors = {}
-    for place, data in read:
-        dtype = getattr(torch, _DTYPES[place.dtype])
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        tensors[place.name] = flat.reshape(place.shape)
+    try:
+        for place, data in read:
+            dtype = getattr(torch, _DTYPES[place.dtype])
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            tensors[place.name] = flat.reshape(place.shape)
+    except (KeyError, ValueError, RuntimeError) as error:  # a digest proves no more than who wrote it
+        raise DamagedShard(f"an entry has an impossible type or shape: {error_text(error)}") from error
     return tensors
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where the data starts."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise DamagedShard(f"{path} is cut short or has a damaged header")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise DamagedShard(f"{path} has a damaged header: {error}") from error
-    if not isinstance(header, dict):
-        raise DamagedShard(f"{path} has a damaged header")
-    return header, 8 + length
 
 
 def _digest_of_tensors(key: str, tensors: Mapping[str, torch.Tensor]) -> str:

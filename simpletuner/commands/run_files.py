@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from simpletuner.config.foreign_keys import RENAMED
 from simpletuner.config.layers import parse_arguments
 from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.text import read_json_text
 
 CONFIG, DATA = "config.json", "multidatabackend.json"
 
@@ -51,7 +51,7 @@ def options_of(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def _plain(value: Any) -> Any:
     """A number or truth value of a command line as JSON has it; other texts as they are."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        found = read_json_text(value) if isinstance(value, str) else value
     except ValueError:
         return value
     return found if isinstance(found, bool | int | float) else value

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, SecretStr
 
-from simpletuner.text import fault_in
+from simpletuner.text import fault_in, read_json_text
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -189,8 +189,8 @@ def _read_arguments(value: Any) -> Any:
         raise ValueError('must be text such as "weight_decay=0.1,eps=1e-8", or an object')
     if value.lstrip().startswith("{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
+            return read_json_text(value)
+        except ValueError as error:
             raise ValueError(f"is not JSON: {error}") from None
     arguments: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in value.split(","))):

@@ -8,7 +8,6 @@ and line; nothing is put in its place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from simpletuner.data.tables import MAX_TEXT_TABLE, TableFault, columns_of, read
 from simpletuner.data.transforms import SUFFIXES
 from simpletuner.errors import DataError, Problem
 from simpletuner.spelling import edit_distance
-from simpletuner.text import NotText, decode, fault_in, lines_of, read_file, without_separators
+from simpletuner.text import NotText, decode, fault_in, lines_of, read_file, read_json_text, without_separators
 
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TARGET = ("target", "output_image", "target_image", "edit_image")
@@ -247,8 +246,8 @@ def _reference_names(cells: Mapping[str, Any]) -> list[str]:
     key = next((name for name in REFERENCES if name in cells), REFERENCES[0])
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a cell of a CSV file
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = read_json_text(value)
+        except ValueError:
             raise ValueError(f'"{key}" is not a list of paths') from None
     listed = [value] if isinstance(value, str) else list(value or ()) if isinstance(value, list | None) else None
     if listed is None or not all(isinstance(each, str) and each for each in listed):
@@ -331,8 +330,8 @@ def _table_rows(file: Path, rules: RecordRules) -> Iterator[_Row]:
             yield str(line), line, row.cells
         return
     try:
-        found = json.loads(decode(read_file(file, MAX_TEXT_TABLE)))
-    except (ValueError, RecursionError) as error:
+        found = read_json_text(decode(read_file(file, MAX_TEXT_TABLE)), finite=False)
+    except ValueError as error:
         raise TableFault(f"is no JSON: {error}") from None
     for number, cells in enumerate(found if isinstance(found, list) else [found], 1):
         if not isinstance(cells, dict):

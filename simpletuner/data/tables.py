@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import math
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import IO, Any
 
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.errors import MissingDependency, Problem
-from simpletuner.text import NotText, bounded_lines, check_encoding, fault_in, without_separators
+from simpletuner.text import NotText, bounded_lines, check_encoding, fault_in, read_json_text, without_separators
 
 # Of one line of a text table, in characters: many times the longest caption.
 MAX_LINE = 10_000_000
@@ -200,13 +199,11 @@ def _jsonl_rows(table: Path) -> Iterator[TableRow]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_unique_keys)
+                row = read_json_text(line, finite=False, object_pairs_hook=_unique_keys)
             except TableFault as error:
                 raise TableFault(f"line {number} {error}") from None
             except ValueError as error:
                 raise TableFault(f"line {number} is not JSON: {error}") from None
-            except RecursionError:
-                raise TableFault(f"line {number} is nested too deeply") from None
             if not isinstance(row, dict):
                 raise TableFault(f"line {number} is not an object")
             yield TableRow(f"line {number}", row)

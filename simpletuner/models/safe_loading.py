@@ -7,7 +7,6 @@ is refused by name, and while something is loaded `torch.load` itself is closed.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.errors import DataError, Problem
-from simpletuner.text import NotText, decode, read_file
+from simpletuner.text import NotText, decode, read_file, read_json_text
 
 # Of a JSON file of a model: a tokenizer of 250,000 words has 20 MB.
 MAX_JSON_BYTES = 200_000_000
@@ -107,15 +106,13 @@ def read_object(path: Path) -> dict[str, Any]:
         DataError: it cannot be read, is very large, or holds something else.
     """
     try:
-        value = json.loads(decode(read_file(path, MAX_JSON_BYTES)))
+        value = read_json_text(decode(read_file(path, MAX_JSON_BYTES)), finite=False)
         if not isinstance(value, dict):
             raise ValueError("holds no JSON object")
     except OSError as error:
         raise _unreadable(path, f"cannot be read: {error.strerror or error}") from error
     except NotText as error:
         raise _unreadable(path, str(error)) from error
-    except RecursionError:
-        raise _unreadable(path, "is nested too deeply") from None
     except ValueError as error:
         raise _unreadable(path, f"is damaged: {error}") from error
     return value

@@ -8,7 +8,6 @@ the run itself count (`run_history.py`): another run's beside them are neither t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from simpletuner.optim.state import (
 )
 from simpletuner.precision.product_trials import chosen_products
 from simpletuner.reporting.events import Notice
+from simpletuner.text import read_json_text
 from simpletuner.training.damage import first_whole, why_unreadable
 from simpletuner.training.divergence import require_finite
 from simpletuner.training.earlier_runs import move_aside
@@ -475,11 +475,11 @@ def load_checkpoint(run: Run, path: Path, is_own: bool = True) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """`training_state.json` of a checkpoint."""
     try:
-        saved = json.loads((path / STATE_FILE).read_text())
+        saved = read_json_text((path / STATE_FILE).read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
             raise ValueError("it holds no object")
         saved["state"], saved["loss_scale"], saved["identity"], saved["optimizer"], saved["eval_losses"]
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             Problem(
                 f"{path / STATE_FILE} cannot be read ({error_text(error)}); this is simpletuner {__version__}",

@@ -19,9 +19,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from simpletuner.disk import DiskError, disk_errors
+from simpletuner.errors import DataError
 from simpletuner.reporting.events import SavedImage
 from simpletuner.reporting.progress import number_text
-from simpletuner.storage import write_bytes, write_json
+from simpletuner.storage import read_json, write_bytes, write_json
 from simpletuner.validation.grids import SheetRow, comparison_sheet
 from simpletuner.validation.prompts import ImageRequest
 from simpletuner.validation.sampling import GeneratedImage
@@ -84,8 +85,8 @@ class ImageFiles:
         if not note.is_file() or not all(self.benchmark_path(request).is_file() for request in self.requests):
             return False
         try:
-            return json.loads(note.read_text(encoding="utf-8")) == self._note
-        except (ValueError, RecursionError):
+            return read_json(note) == self._note
+        except DataError:
             return False
 
     def save_benchmark(self, images: Sequence[GeneratedImage]) -> list[SavedImage]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from simpletuner.config.values import read_bool, read_path
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.families.registry import family_names, get_spec
 from simpletuner.hardware import Hardware
+from simpletuner.text import read_json_text
 from simpletuner.wizard.answers import Answers, Goal
 from simpletuner.wizard.lycoris import Lycoris, read_lycoris
 
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:
-        return json.loads(value)
+        return read_json_text(value)
     except ValueError:
         return value  # the checks of a start will name what is wrong
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -189,6 +190,23 @@ def test_a_manifest_whose_metadata_is_no_object_is_damaged(tmp_path, metadata):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"metadata": metadata}))
     with pytest.raises(DataError, match="damaged"):
         storage.read_manifest(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
+def test_a_manifest_that_names_files_elsewhere_is_damaged(tmp_path, name):
+    (tmp_path / "secret").touch()
+    manifest = storage.Manifest({name: (0, hashlib.sha256(b"").hexdigest())}, {})
+    (tmp_path / "a").mkdir()
+    storage.write_json(tmp_path / "a" / storage.MANIFEST, manifest.to_json())
+    assert ["does not lie in the folder" in each for each in storage.verify_dir(tmp_path / "a")] == [True]
+
+
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(tmp_path):
+    with storage.commit_dir(tmp_path / "a") as folder:
+        (folder / "weights").touch()
+    (tmp_path / "a" / "weights").unlink()
+    os.mkfifo(tmp_path / "a" / "weights")
+    assert storage.verify_dir(tmp_path / "a") == [f"{tmp_path}/a/weights is not a regular file"]
 
 
 def test_a_folder_without_manifest_does_not_count_and_stray_files_do_no_harm(tmp_path):

@@ -31,6 +31,7 @@ from simpletuner.data.reading import to_image
 from simpletuner.data.references import ReferenceRules, plan_reference
 from simpletuner.data.transforms import UnusableImage, image_size, load_image, to_pixels
 from simpletuner.errors import DataError, Problem
+from simpletuner.text import read_json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,7 +235,7 @@ class Journal:
         for path in place.folder.glob("made_rank_*.log"):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    when, name, key = json.loads(line)
+                    when, name, key = read_json_text(line)
                 except ValueError:  # what a process that was killed wrote last
                     continue
                 entries.append((when, name, key))

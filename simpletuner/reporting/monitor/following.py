@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from simpletuner.reporting.sinks.jsonl import METRICS_FILE
 from simpletuner.reporting.webhooks.encoding import raw_event
 from simpletuner.reporting.webhooks.images import load_images
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message, words_for
+from simpletuner.text import read_json_text
 
 POLL_SECONDS = 0.5
 _IMAGE_BYTES = 8 << 20
@@ -81,8 +81,8 @@ class Follower:
                 return
             self._position += len(line)
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = read_json_text(line)
+            except ValueError:
                 continue
             if isinstance(record, dict):
                 yield record

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from simpletuner.reporting.monitor.history import Image
+from simpletuner.text import read_json_text
 
 MAX_IMAGES = 32
 MAX_DEPTH = 20
 # Whole numbers above it are no longer exact in a browser.
 MAX_STEP = 2**53
 _TEXTS = ("timestamp", "severity", "title", "message")
+# What the history keeps of thousands of events.
+_LONGEST = {"id": 200, "type": 200, "run_name": 500, "title": 2000, "message": 50_000}
 _WITH_STEP = ("training.evaluation", "validation.score")
 _DATA_URI = re.compile(r"data:(image/(?:png|jpeg|webp));base64,")
 
@@ -31,8 +33,8 @@ def read_event(body: bytes) -> tuple[Mapping[str, Any], list[Image]]:
         BadEvent: it is none.
     """
     try:
-        event = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        event = read_json_text(body.decode("utf-8"))
+    except ValueError:
         raise BadEvent("not JSON") from None
     if _depth(event) > MAX_DEPTH:
         raise BadEvent(f"nested deeper than {MAX_DEPTH}")
@@ -44,6 +46,8 @@ def read_event(body: bytes) -> tuple[Mapping[str, Any], list[Image]]:
         raise BadEvent("an event has id and data")
     if not all(isinstance(event.get(key, ""), str | None) for key in ("run_name", *_TEXTS)):
         raise BadEvent(f"{', '.join(_TEXTS)} are texts")
+    if any(len(event.get(key) or "") > longest for key, longest in _LONGEST.items()):
+        raise BadEvent(f"{', '.join(_LONGEST)} have at most {', '.join(map(str, _LONGEST.values()))} characters")
     _check_data(event["type"], data)
     images = event.get("images", [])
     if not isinstance(images, list) or len(images) > MAX_IMAGES:
@@ -58,11 +62,6 @@ def _depth(value: Any) -> int:
         inner = [part.values() if isinstance(part, dict) else part for part in parts if isinstance(part, dict | list)]
         parts = [each for part in inner for each in part]
     return level
-
-
-def _refuse_constant(name: str) -> None:
-    """NaN and infinities, which Python reads and no browser does."""
-    raise ValueError(name)
 
 
 def _check_data(kind: str, data: Mapping[str, Any]) -> None:

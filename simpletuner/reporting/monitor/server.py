@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import mimetypes
+import re
 import threading
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
@@ -182,7 +183,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         """The loss chart of a run as SVG; empty where it has no points."""
         given = {key: values[0] for key, values in question.items()}
         sides = [given.get("width", ""), given.get("height", "")]
-        if not all(side.isascii() and side.isdigit() and MIN_SIDE <= int(side[:5]) <= MAX_SIDE for side in sides):
+        if not all(re.fullmatch("[0-9]{3,4}", side) and MIN_SIDE <= int(side) <= MAX_SIDE for side in sides):
             self._refuse(HTTPStatus.BAD_REQUEST, f"width and height are {MIN_SIDE} to {MAX_SIDE} pixels")
             return
         series = loss_series(*self.server.history.losses(given.get("run", "")))

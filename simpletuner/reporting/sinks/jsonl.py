@@ -16,6 +16,7 @@ from typing import IO, Any
 from simpletuner import storage
 from simpletuner.errors import DataError
 from simpletuner.reporting.events import Event, Notice, PhaseProgress, RunStarted, is_sound, to_record
+from simpletuner.text import read_json_text
 
 METRICS_FILE = "metrics.jsonl"
 MOST_WAITING_BYTES = 64 << 20
@@ -115,8 +116,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = read_json_text(line)
+            except ValueError:
                 continue
             if isinstance(record, dict) and is_sound(record):
                 records.append(record)

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import current_thread
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import torch
 from safetensors import safe_open
 
 from simpletuner import storage
+from simpletuner.cache import shards
 from simpletuner.cache.index import INDEX_NAME
 from simpletuner.cache.shards import DamagedShard, load_entry, read_entries
 from simpletuner.cache.store import QUARANTINE, DamagedEntry, StoreWriter, TensorStore
@@ -312,6 +314,19 @@ def test_a_pickle_and_other_files_in_the_folder_are_never_touched(folder, tmp_pa
         assert store.keys() == []
     assert sorted(path.name for path in folder.iterdir()) == [INDEX_NAME, "latents.pt", "notes.safetensors"]
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("change", [{"shape": (7,)}, {"dtype": "F77"}, {"shape": (-1, -1)}], ids=str)
+def test_a_type_or_shape_that_cannot_be_is_damage_though_its_sha256_fits(tmp_path, monkeypatch, change):
+    TensorStore(tmp_path).put_many(_entries(1))
+    (shard,) = _shards(tmp_path)
+    entry = read_entries(shard)["key0"]
+    forged = replace(entry, tensors=tuple(replace(place, **change) for place in entry.tensors))
+    monkeypatch.setattr(shards, "_add_to_digest", lambda *arguments: None)
+    forged = replace(forged, digest=shards._start_digest("key0").hexdigest())
+    descriptor = os.open(shard, os.O_RDONLY)
+    with contextlib.closing(os.fdopen(descriptor)), pytest.raises(DamagedShard, match="impossible type or shape"):
+        load_entry(descriptor, "key0", forged)
 
 
 def test_a_shard_of_a_newer_version_is_reported_and_left_alone(folder):

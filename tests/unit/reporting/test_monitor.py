@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 import pytest
@@ -213,6 +214,14 @@ def test_odd_headers_are_answered_with_400(head: str) -> None:
         assert ask(server, "POST", "/", event("training.status", {"step": 1}))[0] == 204
 
 
+@pytest.mark.parametrize("width", ["", "119", "4001", "0400000000", "1200000000000000000", "-200", "२००", "1e3"])
+def test_a_chart_of_another_size_than_a_page_has_is_not_drawn(width: str) -> None:
+    with running() as server:
+        ask(server, "POST", "/", event("training.status", {"start_step": 0, "step": 1}))
+        assert ask(server, "GET", f"/chart?run=run&width={quote(width)}&height=200")[0] == 400
+        assert ask(server, "GET", "/chart?run=run&width=4000&height=120")[0] == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -230,6 +239,8 @@ def test_odd_headers_are_answered_with_400(head: str) -> None:
         b'{"type": "lifecycle.stage", "id": "1", "data": {"stage": {"status": "running", "progress": 3}}}',
         b'{"type": "training.status", "id": "1", "title": ["x"], "data": {}}',
         b'{"type": "training.status", "id": "1", "run_name": {}, "data": {}}',
+        b'{"type": "training.status", "id": "' + b"1" * 201 + b'", "data": {}}',
+        b'{"type": "training.status", "id": "1", "message": "' + b"m" * 50_001 + b'", "data": {}}',
     ],
 )
 def test_events_that_make_no_sense_are_answered_with_400(body: bytes) -> None:
