@@ -30,6 +30,7 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 _SEPARATORS = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 # All but tabs and line feeds; also what turns the direction of writing, and bytes that are no text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LOGIN = re.compile(r"//[^/?#\s\"'<>]*@")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHUNK = 2**20
 _MAX_DEPTH = 100
@@ -247,6 +248,11 @@ def fault_in(text: str) -> str | None:
 def for_terminal(text: str) -> str:
     """`text` with its lines, but control characters, which move the cursor or change colors, as escapes."""
     return _CONTROL.sub(lambda found: printable(found[0]), text)
+
+
+def without_login(text: str) -> str:
+    """`text` without the names and passwords in its addresses: `https://me:secret@host` -> `https://host`."""
+    return _LOGIN.sub("//", text)
 
 
 def has_control(text: str) -> bool:

@@ -9,6 +9,7 @@ from simpletuner.config.options import TrainConfig
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.hub.client import is_final, make_api, reason_of, upload_failures
 from simpletuner.hub.job import repository_name
+from simpletuner.text import without_login
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -85,4 +86,4 @@ def _has_no_token(api: HfApi) -> bool:
 
 
 def _where(api: HfApi) -> str:
-    return "the Hub" if api.endpoint == "https://huggingface.co" else f"the Hub at {api.endpoint}"
+    return "the Hub" if api.endpoint == "https://huggingface.co" else f"the Hub at {without_login(api.endpoint)}"

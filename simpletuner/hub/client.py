@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from simpletuner.models.hub_connectivity import hub_failures
+from simpletuner.text import without_login
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,7 +39,7 @@ def is_final(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """The error in one line. The Hub's own errors name addresses and never the token."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in without_login(str(error)).splitlines() if line.strip()]
     status = status_of(error)
     if status == 401:
         return "the token is not accepted"

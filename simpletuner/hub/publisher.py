@@ -34,6 +34,7 @@ from simpletuner.reporting.events import (
     SavedImage,
     Severity,
 )
+from simpletuner.text import without_login
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -228,7 +229,7 @@ class Publisher:
                 self._report("warning", f"{repo_id} existed before and is public: everybody can see the uploads")
             self._repo_id = repo_id
             if not upload.is_last:
-                self._report("info", f"checkpoints go to {api.endpoint}/{repo_id}")
+                self._report("info", f"checkpoints go to {without_login(api.endpoint)}/{repo_id}")
         arguments = (upload.step, self._total_steps, upload.images, upload.eval_loss)
         card = self._job.card(self._repo_id, *arguments)
         storage.write_bytes(upload.folder / "README.md", card.encode())
@@ -271,7 +272,7 @@ class Publisher:
         shutil.rmtree(whole if upload.is_last else upload.folder, ignore_errors=True)
         if upload.is_last:
             assert self._api is not None
-            self._report("info", f"uploaded to {self._api.endpoint}/{self._repo_id}")
+            self._report("info", f"uploaded to {without_login(self._api.endpoint)}/{self._repo_id}")
 
     def _fail(self, upload: Upload, error: Exception) -> None:
         reason = reason_of(error)

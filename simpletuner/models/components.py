@@ -31,6 +31,7 @@ from simpletuner.models.single_file import (
     refused_marks,
 )
 from simpletuner.spelling import nearest
+from simpletuner.text import without_login
 
 if TYPE_CHECKING:
     import torch
@@ -366,7 +367,7 @@ def _not_fetched(name: str, repository: str, key: str, error: Exception) -> Data
         RepositoryNotFoundError,
     )
 
-    reason = " ".join(str(error).split())
+    reason = " ".join(without_login(str(error)).split())
     fix = "check the connection and HF_ENDPOINT, or give a model folder; what was fetched before is used without it"
     if isinstance(error, GatedRepoError):
         reason = "its owner must grant you access"

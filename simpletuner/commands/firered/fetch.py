@@ -18,6 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 from simpletuner import storage
 from simpletuner.errors import bytes_text
+from simpletuner.text import without_login
 
 SCHEMES = ("http", "https")
 MAX_BYTES = 64 * 2**20
@@ -47,13 +48,13 @@ def fetch(url: str, path: Path) -> None:
         try:
             data, moved_to = _get(url, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise FetchError(f"{url}: {str(error) or type(error).__name__}") from error
+            raise FetchError(without_login(f"{url}: {str(error) or type(error).__name__}")) from error
         if moved_to is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_bytes(path, data)
             return
         url = urljoin(url, moved_to)
-    raise FetchError(f"{url}: it redirects more than {MAX_REDIRECTS} times")
+    raise FetchError(f"{without_login(url)}: it redirects more than {MAX_REDIRECTS} times")
 
 
 def _get(url: str, deadline: float) -> tuple[bytes, str | None]:

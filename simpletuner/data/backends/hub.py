@@ -16,7 +16,7 @@ from typing import NoReturn
 from simpletuner.data.backends.hub_layout import CONVERTED_BRANCH, SUFFIX, NoSuchPart, choose_files
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.hub_connectivity import hub_failures, why_unreachable
-from simpletuner.text import decode_lenient, read_file
+from simpletuner.text import decode_lenient, read_file, without_login
 
 _CARD = "README.md"
 MAX_CARD_BYTES = 2_000_000
@@ -144,7 +144,7 @@ def _refuse(error: Exception, wanted: HubDataset) -> NoReturn:
     )
 
     kind: type[DataError | ConfigError] = DataError
-    key, reason = "dataset_name", " ".join(str(error).split())[:200]
+    key, reason = "dataset_name", " ".join(without_login(str(error)).split())[:200]
     fix = "check the network, then start again: what was fetched is kept"
     if isinstance(error, GatedRepoError):
         reason, fix = "its owner must grant you access", "request access on its page, then log in: hf auth login"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from simpletuner.data.backends.base import MAX_FILE_BYTES, TOO_LARGE, FileStat, Folder, content_number, join
 from simpletuner.data.backends.local import is_wanted
 from simpletuner.errors import ConfigError, DataError, MissingDependency, Problem
+from simpletuner.text import without_login
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -71,6 +72,9 @@ class S3Backend:
         self.num_readers = _READERS
         self._dataset_id, self._file = dataset_id, file
         self._start = f"{bucket.prefix}/" if bucket.prefix else ""
+        if "@" in (bucket.endpoint_url or ""):
+            message = "holds a login, which would be shown wherever the address is"
+            raise ConfigError(self._problem("aws_endpoint_url", message, fix=_LOGIN))
         if bucket.endpoint_url is not None and not bucket.endpoint_url.startswith(("http://", "https://")):
             message = f'"{bucket.endpoint_url}" is not an address'
             raise ConfigError(self._problem("aws_endpoint_url", message, allowed="https://..., or http://..."))
@@ -140,13 +144,14 @@ class S3Backend:
     def _refuse(self, error: OSError, folder: bytes) -> NoReturn:
         place = f"{self.location}/{folder.decode()}".rstrip("/")
         address = self.bucket.endpoint_url or "the store"
-        key, message = "aws_endpoint_url", f"{place} cannot be listed: {error}"
+        reason = without_login(str(error))
+        key, message = "aws_endpoint_url", f"{place} cannot be listed: {reason}"
         fix = "check the address, the network and the login"
         if isinstance(error, FileNotFoundError):
             key, message = "aws_bucket_name", f"there is no bucket {self.bucket.name} at {address}"
             fix = "correct the name"
         elif isinstance(error, PermissionError) or "CredentialsError" in str(error):
-            key, message, fix = "aws_access_key_id", f"{place} may not be listed: {error}", _LOGIN
+            key, message, fix = "aws_access_key_id", f"{place} may not be listed: {reason}", _LOGIN
         raise DataError(self._problem(key, message, fix=fix)) from error
 
     def _problem(self, key: str, message: str, allowed: str | None = None, fix: str | None = None) -> Problem:

@@ -57,6 +57,15 @@ def test_a_hub_that_does_not_answer_is_a_warning(monkeypatch):
     assert line.endswith("); uploads are retried during the run")
 
 
+def test_the_login_of_a_mirror_is_not_shown(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    [line] = check_access(config(), {}, HfApi(endpoint="http://me:secret@127.0.0.1:9", token="x"))
+    assert "the Hub at http://127.0.0.1:9" in line
+    assert "secret" not in line
+    error = OSError("404 for url: https://me:secret@mirror.example/api/models/a@b and https://other.example/c@d")
+    assert reason_of(error) == "404 for url: https://mirror.example/api/models/a@b and https://other.example/c@d"
+
+
 def test_without_a_token_a_hub_that_does_not_answer_is_an_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

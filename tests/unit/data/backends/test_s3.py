@@ -126,6 +126,13 @@ def test_an_endpoint_without_a_scheme_is_refused(server: S3) -> None:
         backend(server, endpoint_url="store.example.org")
 
 
+@pytest.mark.parametrize("address", ["http://me:secret@store.example.org", "me:secret@store.example.org"])
+def test_an_endpoint_with_a_login_is_refused_and_not_shown(server: S3, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"things\.aws_endpoint_url: holds a login") as caught:
+        backend(server, endpoint_url=address)
+    assert "secret" not in str(caught.value)
+
+
 def test_no_login_is_an_error_that_says_how_to_log_in(
     server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
