@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.config.discovery import find_config, named_configurations
 from simpletuner.config.paths import looks_like_path
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.examples import DEFAULT_EXAMPLE, example_dir
 from simpletuner.families.registry import all_specs, get_spec
 from simpletuner.importing import collector_off
@@ -178,8 +178,10 @@ def family_of_export(source: Path, model: str | None, family_name: str | None) -
 
     places = [source, *source.absolute().parents[:3]]
     lock = next((place / "run.lock.json" for place in places if (place / "run.lock.json").is_file()), None)
-    facts = storage.read_json(lock) if lock else {}
-    base, config = facts.get("base", {}), facts.get("config", {})
+    facts = storage.read_json(lock, dict) if lock else {}
+    base, config = (facts.get(part, {}) for part in ("base", "config"))
+    if not isinstance(base, dict) or not isinstance(config, dict):
+        raise DataError(Problem("is damaged: its parts are no JSON objects", file=str(lock), fix="add --model"))
     kept = ("pretrained_vae_model_name_or_path", "text_encoder_paths", "tokenizer_max_length", *PROMPT_OPTIONS)
     taken = {key: config[key] for key in kept if key in config}
     if model is None:

@@ -84,15 +84,18 @@ def write_json(path: str | Path, value: Any) -> None:
     write_bytes(path, _json_bytes(value))
 
 
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: str | Path, kind: type = object) -> Any:
+    """The value in a JSON file, which must be of a kind: `dict`, `list`.
 
     Raises:
-        DataError: the file is missing, unreadable or not JSON; names file and line.
+        DataError: the file is missing, unreadable, not JSON or of another kind; names file and line.
     """
     path = Path(path)
     try:
-        return read_json_text(read_file(path, _MAX_JSON_BYTES).decode())
+        value = read_json_text(read_file(path, _MAX_JSON_BYTES).decode())
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds no JSON {'object' if kind is dict else 'list'}")
+        return value
     except json.JSONDecodeError as error:
         raise DataError(Problem(f"is not valid JSON: {error.msg}", file=str(path), line=error.lineno)) from error
     except (OSError, ValueError) as error:

@@ -21,7 +21,7 @@ from simpletuner.adapters.reading import LYCORIS_CONFIG, read_adapter
 from simpletuner.adapters.weights import AdapterWeights
 from simpletuner.cache.prompts import PromptsAhead
 from simpletuner.config.paths import ADAPTER_FILES, adapter_file_in
-from simpletuner.errors import ConfigError, DataError, Problem
+from simpletuner.errors import ConfigError, DataError, Problem, error_text
 from simpletuner.families.readers import ALL_FORMS
 from simpletuner.models.components import ModelSource, save_model_folder
 from simpletuner.training.adapter_roundtrip import TOLERANCE, probe_output
@@ -89,7 +89,7 @@ def find_source(path: Path, ema: bool = False) -> Source:
 
 
 def _lock_in(folder: Path) -> dict[str, Any] | None:
-    return storage.read_json(folder / LOCK_FILE) if (folder / LOCK_FILE).is_file() else None
+    return storage.read_json(folder / LOCK_FILE, dict) if (folder / LOCK_FILE).is_file() else None
 
 
 @dataclass
@@ -241,7 +241,11 @@ def _kept_metadata(export: Export) -> dict[str, str]:
         if key in ("simpletuner", "global_step") or key.startswith("ss_")
     }
     if "simpletuner" not in kept and export.source.lock is not None:
-        kept |= run_metadata(export.source.lock, int(kept.get("global_step", 0)))
+        try:
+            kept |= run_metadata(export.source.lock, int(kept.get("global_step", 0)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            file = str(export.source.folder / LOCK_FILE)
+            raise DataError(Problem(f"is damaged: {error_text(error)}", file=file)) from error
     return kept
 
 

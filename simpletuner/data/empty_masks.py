@@ -67,9 +67,11 @@ def _empty_masks(dataset: Dataset, folder: Path, report: ProgressReport | None) 
     path = folder / f"masks-{dataset.fingerprint[:32]}-{_VERSION}.json"
     if path.is_file():
         try:
-            return storage.read_json(path)["empty"]
-        except (DataError, KeyError, TypeError):
+            noted = [range(len(dataset.samples))[position] for position in storage.read_json(path)["empty"]]
+        except (DataError, KeyError, TypeError, IndexError):
             pass  # made again
+        else:
+            return noted
     empty: list[int] = []
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="masks") as pool:
         for start in range(0, len(dataset.samples), _CHUNK):

@@ -109,7 +109,7 @@ class HubJob:
 
     def _datasets(self) -> list[Mapping[str, Any]]:
         try:
-            return list(storage.read_json(self.output_dir / "dataset_report.json"))
+            return storage.read_json(self.output_dir / "dataset_report.json", list)
         except DataError:
             return []
 

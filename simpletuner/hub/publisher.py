@@ -309,10 +309,10 @@ class Publisher:
         A note without a run is that of an earlier version: the run that continues in its folder is the same.
         """
         try:
-            state = storage.read_json(self._job.output_dir / STATE_FILE)
+            state = storage.read_json(self._job.output_dir / STATE_FILE, dict)
         except DataError:
             return {}
-        if not isinstance(state, dict) or state.get("repo") != self._job.name:
+        if state.get("repo") != self._job.name:
             return {}
         is_same = all(state.get(key, value) == value for key, value in self._run.items())
         return {**self._run, **state} if is_same else {}

@@ -435,7 +435,7 @@ def load_checkpoint(run: Run, path: Path, is_own: bool = True) -> None:
     """
     saved = read_state(path)
     changes = compare_identity(saved["identity"], _identity(run), path)
-    for change in [*changes, *option_changes(storage.read_json(path / "config.json"), run.loaded, path)]:
+    for change in [*changes, *option_changes(storage.read_json(path / "config.json", dict), run.loaded, path)]:
         run.session.warn(change)
     from safetensors.torch import load_file
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +57,8 @@ def why_unreadable(path: Path) -> str | None:
     files = raw.get("files") if isinstance(raw, dict) else None
     for name in files if isinstance(files, dict) else ():
         try:
-            with (path / name).open("rb") as file:
-                hashlib.file_digest(file, "sha256")
+            if (path / name).is_file():  # and no pipe, which would be waited for
+                storage.file_digest(path / name)
         except OSError as error:
             if error.errno not in _MISSING:
                 return f"{name}: {error.strerror}"

@@ -41,7 +41,10 @@ class Move:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Move:
-        return cls(Path(str(data["folder"])).name, data["after_step"], data["history"])
+        name, after_step = Path(str(data["folder"])).name, data["after_step"]
+        if name in ("", "..") or not isinstance(after_step, int | None):
+            raise ValueError("not a move into earlier-runs/")
+        return cls(name, after_step, data["history"])
 
 
 def move_earlier(

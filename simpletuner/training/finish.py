@@ -124,7 +124,7 @@ def has_final_weights(run: Run) -> bool:
     try:
         if not (run.session.output_dir / FINAL_FILE).is_file():  # those of an earlier version say their step themselves
             return history.adopts_unmarked and {step_of(path) for path in files} == {step}
-        noted = storage.read_json(run.session.output_dir / FINAL_FILE)
+        noted = storage.read_json(run.session.output_dir / FINAL_FILE, dict)
         digests = {str(path.relative_to(run.session.output_dir)): storage.file_digest(path) for path in files}
         is_same = noted["step"] == step and history.owns(Mark.from_json(noted), step) and noted["files"] == digests
     except (SimpleTunerError, OSError, KeyError, TypeError):
@@ -204,7 +204,7 @@ def save_adapter(run: Run, folder: Path) -> Path:
     with run.model.placement.gathered():
         if run.session.process_group.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = storage.read_json(run.session.output_dir / LOCK_FILE)
+            lock = storage.read_json(run.session.output_dir / LOCK_FILE, dict)
 
             def commit() -> None:
                 with storage.replacing_file(path) as temporary:

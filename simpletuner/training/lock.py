@@ -18,7 +18,7 @@ from simpletuner.config.loading import LoadedRun
 from simpletuner.config.paths import SINGLE_FILE
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.digests import DigestMemo
-from simpletuner.errors import DataError
+from simpletuner.errors import DataError, error_text
 from simpletuner.families.spec import Component
 from simpletuner.models.components import component_file
 from simpletuner.models.family import ModelFamily
@@ -82,9 +82,11 @@ def make_lock(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset
 def changes_since(path: Path, lock: Mapping[str, Any]) -> list[str]:
     """What differs from the lock at `path`; one that cannot be read is reported and costs the comparison only."""
     try:
-        return lock_changes(storage.read_json(path), lock)
+        return lock_changes(storage.read_json(path, dict), lock)
     except DataError as error:
         return [f"{error}; what changed since the last start is not known"]
+    except (AttributeError, TypeError) as error:
+        return [f"{path} is damaged ({error_text(error)}); what changed since the last start is not known"]
 
 
 def lock_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ def _refuse_other_options(loaded: LoadedRun, path: Path) -> None:
     """
     refuse_changes(read_state(path)["identity"]["fixed"], fixed_settings(keep_choice(loaded, path)), path)
     config = loaded.config
-    saved = storage.read_json(path / "config.json").get("lora_rank")
+    saved = storage.read_json(path / "config.json", dict).get("lora_rank")
     if (
         config.model.model_type == "lora"
         and config.adapter.lora_type == "standard"

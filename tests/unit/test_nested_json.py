@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from simpletuner.adapters.reading import lycoris_config_in
 from simpletuner.cache.shards import DamagedShard, read_entries
 from simpletuner.config.values import read_arguments
 from simpletuner.data.tables import TableFault, read_rows
-from simpletuner.errors import DataError
+from simpletuner.errors import DataError, SimpleTunerError
+from simpletuner.launch import family_of_export
 from simpletuner.models.safe_loading import read_object
 from simpletuner.reporting.monitor.reading import BadEvent, read_event
 from simpletuner.text import read_json_text
 from simpletuner.training.checkpoint import read_state
+from simpletuner.training.damage import why_unreadable
+from simpletuner.training.earlier_runs import finish_move
+from simpletuner.training.lock import LOCK_FILE, changes_since
+from simpletuner.training.run_history import HISTORY_FILE
 
 TEXTS = {
     "nested": "[" * 100_000,
@@ -151,3 +157,27 @@ def test_a_header_of_a_hundred_gigabytes_is_refused_before_it_is_read(tmp_path: 
         storage.read_tensor_metadata(path)
     with pytest.raises(DamagedShard):
         read_entries(path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"base": 1, "config": []}', '{"packages": 3}', "{"])
+def test_a_lock_of_another_form_is_reported(tmp_path: Path, content: str):
+    (tmp_path / LOCK_FILE).write_text(content)
+    (line,) = changes_since(tmp_path / LOCK_FILE, {"packages": {}, "base": {"files": {}}})
+    assert "what changed since the last start is not known" in line
+    with pytest.raises(SimpleTunerError):
+        family_of_export(tmp_path / "a.safetensors", None, None)
+
+
+@pytest.mark.parametrize("move", ['{"folder": "..", "after_step": null, "history": null}', '{"folder": 1}', "3"])
+def test_a_move_that_leads_out_or_is_none_is_not_finished(tmp_path: Path, move: str):
+    history = '{"run": "a", "branches": [{"id": "b", "after_step": 0}], "adopts_unmarked": false'
+    (tmp_path / HISTORY_FILE).write_text(f'{history}, "moving": {move}}}')
+    (tmp_path / "loss.png").touch()
+    assert finish_move(tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == {HISTORY_FILE, "loss.png"}
+
+
+def test_a_pipe_in_a_damaged_checkpoint_is_not_waited_for(tmp_path: Path):
+    manifest_file(tmp_path, '{"format_version": 1, "files": {"weights": {}}}')
+    os.mkfifo(tmp_path / "weights")
+    assert why_unreadable(tmp_path) is None

@@ -193,7 +193,6 @@ def read_contact(folder: Path) -> dict[str, list[tuple[Path, str, str]]]:
 
 def _read(path: Path, kind: type) -> Any:
     try:
-        value = storage.read_json(path)
+        return storage.read_json(path, kind)
     except DataError:
         return None
-    return value if isinstance(value, kind) else None

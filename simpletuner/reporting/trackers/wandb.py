@@ -93,7 +93,7 @@ def tracked_id(run: TrackedRun) -> str:
     made = secrets.token_hex(4)
     if run.start_step > 0 and path.is_file():
         try:
-            noted = storage.read_json(path)
+            noted = storage.read_json(path, dict)
             if noted.get("branch", run.branch) == run.branch:
                 made = str(noted["id"])
         except (DataError, KeyError, TypeError, AttributeError):

@@ -160,7 +160,7 @@ def keep_choice(loaded: LoadedRun, checkpoint: Path | None) -> LoadedRun:
     """The run with what `memory` chose for the checkpoint that it goes on from, where that decides the results."""
     if loaded.config.model.memory is None or checkpoint is None:
         return loaded
-    saved = storage.read_json(checkpoint / "config.json")
+    saved = storage.read_json(checkpoint / "config.json", dict)
     return with_settings(loaded, {key: saved[key] for key in KEPT if key in saved and not is_written(loaded, key)})
 
 
