@@ -12,12 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from simpletuner.config.env_files import LISTED
 from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.reporting.trackers.custom import load_custom_tracker
 
 # W&B's own service has had more than one name; a key for one is good for all.
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+USER_SETTINGS = Path("~/.config/wandb/settings")
 NO_LOGIN_NEEDED = ("offline", "disabled", "dryrun", "shared")
 
 
@@ -51,9 +53,15 @@ def wandb_problems(environment: Mapping[str, str], working_dir: Path) -> Iterato
     if find_spec("wandb") is None:
         yield Problem('"wandb" is not installed', key="report_to", fix="pip install wandb")
         return
+    is_off = environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes")
+    if environment.get("WANDB_MODE") in NO_LOGIN_NEEDED or is_off:
+        return
+    if problems := list(problems_of_folder(environment, working_dir)):
+        yield from problems
+        return
     settings = wandb_settings(working_dir)
     mode = environment.get("WANDB_MODE") or settings.get("mode") or ("offline" if settings.get("disabled") else "")
-    if mode in NO_LOGIN_NEEDED or environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+    if mode in NO_LOGIN_NEEDED:
         return
     if any(environment.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return
@@ -67,10 +75,28 @@ def wandb_problems(environment: Mapping[str, str], working_dir: Path) -> Iterato
         )
 
 
+def problems_of_folder(environment: Mapping[str, str], working_dir: Path) -> Iterator[Problem]:
+    """Settings that W&B would take from the folder, which may be a stranger's, and that `config.env` may not make: they
+    would send the user's key to another place."""
+    users = _settings_in(USER_SETTINGS.expanduser()).get("base_url")
+    folder = Path(environment.get("WANDB_DIR") or working_dir)
+    for file in (folder / "wandb" / "settings", folder / ".wandb" / "settings"):
+        for key, value in _settings_in(file).items():
+            name = f"WANDB_{key.upper()}"
+            is_known = value == users or urlsplit(value).netloc in WANDB_HOSTS or environment.get(name)
+            if name not in LISTED and not (key == "base_url" and is_known):
+                fix = f"remove it, and set it in the shell: export {name}=..."
+                message = "could send tokens to another place, and is not taken from a folder"
+                yield Problem(message, key=key, file=str(file), fix=fix)
+
+
 def wandb_settings(working_dir: Path) -> dict[str, str]:
     """What `wandb offline` and the like have written: for the user, and over it for this folder."""
+    return _settings_in(USER_SETTINGS.expanduser(), working_dir / "wandb" / "settings")
+
+
+def _settings_in(*files: Path) -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
-    files = (Path("~/.config/wandb/settings").expanduser(), working_dir / "wandb" / "settings")
     try:
         parser.read(files, encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError):

@@ -82,3 +82,32 @@ def test_a_custom_tracker_that_cannot_be_used_is_refused(home: Path, name: str, 
     (home / "house_tracker_b.py").write_text(MODULE)
     with pytest.raises(ConfigError, match=message):
         check_trackers(config("custom-tracker", custom_tracker=name), {}, home)
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+@pytest.mark.parametrize(
+    "line", ["base_url = https://elsewhere.example", "x_extra_http_headers = {}", "http_proxy=h:1"]
+)
+def test_settings_in_a_folder_that_move_the_key_are_refused_by_name(home: Path, folder: str, line: str):
+    (home / folder).mkdir()
+    (home / folder / "settings").write_text(f"[default]\nmode = offline\nentity = me\nproject = mine\n{line}\n")
+    with pytest.raises(ConfigError, match=rf"{folder}/settings: {line.split()[0]}: could send") as caught:
+        check_trackers(config("wandb"), {"WANDB_API_KEY": "x"}, home)
+    assert "export WANDB_" in caught.value.render()
+    check_trackers(config("wandb"), {"WANDB_MODE": "offline"}, home)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "environment"),
+    [
+        ("https://api.wandb.ai", {}),
+        ("https://own.example", {"WANDB_BASE_URL": "https://own.example"}),
+        ("https://users.example", {}),
+    ],
+)
+def test_settings_in_a_folder_as_wandb_init_writes_them_are_taken(home: Path, base_url: str, environment: dict):
+    (home / ".config" / "wandb").mkdir(parents=True)
+    (home / ".config" / "wandb" / "settings").write_text("[default]\nbase_url = https://users.example\n")
+    (home / "wandb").mkdir()
+    (home / "wandb" / "settings").write_text(f"[default]\nentity = me\nbase_url = {base_url}\n")
+    check_trackers(config("wandb"), {"WANDB_API_KEY": "x", **environment}, home)
