@@ -49,7 +49,7 @@ def plot_loss(metrics: Path, destination: Path) -> Path | None:
     curves = read_curves(metrics)
     if not (curves.train or curves.prior or curves.evaluation):
         return None
-    from matplotlib import font_manager, rc_context
+    from matplotlib import font_manager, rc_context, rcdefaults, rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,7 +59,9 @@ def plot_loss(metrics: Path, destination: Path) -> Path | None:
         "text.color": INK,
         "text.parse_math": False,
     }
-    with rc_context(style):
+    with rc_context():
+        rcdefaults()  # a `matplotlibrc` in the working folder may be a stranger's, and could start LaTeX
+        rcParams.update(style)
         figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI)
         FigureCanvasAgg(figure)
         inner = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)

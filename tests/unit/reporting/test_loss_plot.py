@@ -63,6 +63,24 @@ def test_a_disk_that_refuses_the_new_curve_leaves_the_old_one_whole(tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"loss.png", metrics.name}
 
 
+def test_what_a_matplotlibrc_of_the_working_folder_says_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    metrics = write_metrics(tmp_path, [1.0, 0.5], {})
+    expected = plot_loss(metrics, tmp_path / "a.png").read_bytes()
+    from matplotlib import rcParams
+
+    for key, value in {
+        "text.usetex": True,
+        "savefig.dpi": 2.0,
+        "axes.facecolor": "red",
+        "savefig.bbox": "tight",
+    }.items():
+        monkeypatch.setitem(rcParams, key, value)
+    assert plot_loss(metrics, tmp_path / "b.png").read_bytes() == expected
+    assert rcParams["text.usetex"] is True, "those of a program that calls this stay as they were"
+
+
 def test_a_run_without_losses_draws_nothing(tmp_path: Path):
     assert plot_loss(write_metrics(tmp_path, [], {}), tmp_path / "loss.png") is None
     assert not (tmp_path / "loss.png").exists()

@@ -86,7 +86,7 @@ def test_a_custom_tracker_that_cannot_be_used_is_refused(home: Path, name: str, 
 
 @pytest.mark.parametrize("folder", ["wandb", ".wandb"])
 @pytest.mark.parametrize(
-    "line", ["base_url = https://elsewhere.example", "x_extra_http_headers = {}", "http_proxy=h:1"]
+    "line", ["base_url = https://elsewhere.example", "x_extra_http_headers = {}", "http_proxy = h:1"]
 )
 def test_settings_in_a_folder_that_move_the_key_are_refused_by_name(home: Path, folder: str, line: str):
     (home / folder).mkdir()
