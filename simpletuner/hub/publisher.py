@@ -67,11 +67,13 @@ class Publisher:
         api: HfApi | None = None,
         give_up_seconds: float = GIVE_UP_SECONDS,
         first_pause: float = FIRST_PAUSE,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
         self._job = job
         self._api = api
         self._give_up_seconds = give_up_seconds
         self._first_pause = first_pause
+        self._should_stop = should_stop
         self._changed = threading.Condition()
         self._waiting: deque[Upload] = deque()
         self._notices: deque[Notice] = deque()
@@ -101,11 +103,11 @@ class Publisher:
     def take_notices(self) -> list[Notice]:
         return [self._notices.popleft() for _ in range(len(self._notices))]
 
-    def finish(self, step: int, should_stop: Callable[[], bool] = lambda: False) -> None:
+    def finish(self, step: int) -> None:
         """Upload the weights at the end of the run, and wait until everything is there.
 
         Raises:
-            UploadError: it did not succeed, or `should_stop` came true; it says how to try again.
+            UploadError: it did not succeed, or the run was asked to stop; it says how to try again.
         """
         if self._state() == {"repo": self._job.name, "step": step, "is_last": True, **self._run}:
             return
@@ -118,7 +120,7 @@ class Publisher:
         files = files or self._job.checkpoint_files(self._job.output_dir / f"checkpoint-{step}")
         upload = self._stage(files, step, is_last=True)
         self._enqueue(upload)
-        while self._is_pending(upload) and self._refusal is None and not should_stop():
+        while self._is_pending(upload) and self._refusal is None and not self._should_stop():
             with self._changed:
                 self._changed.wait(0.2)
         if self._is_pending(upload):
@@ -151,6 +153,8 @@ class Publisher:
         upload = self._stage(self._job.checkpoint_files(folder), int(match.group(1)), is_last=False)
         self._enqueue(upload)
         while self._job.waits and self._is_pending(upload) and not (self._refusal or self._trouble):
+            if self._should_stop():
+                return
             with self._changed:
                 self._changed.wait(0.2)
 

@@ -54,7 +54,7 @@ def train(loaded: LoadedRun) -> None:
             if process_group.is_main
             else []
         )
-        publisher = build_publisher(loaded) if process_group.is_main else None
+        publisher = build_publisher(loaded, stop) if process_group.is_main else None
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
         process = Process(output_dir=output_dir, bus=bus, stop=stop, process_group=process_group)
         run: Run | None = None
@@ -71,8 +71,10 @@ def train(loaded: LoadedRun) -> None:
                 finish_run(run, time.monotonic() - started)
             if publisher is not None:
                 publish(publisher, run.progress.global_step, run.session)
-        except UploadError:
-            raise  # the run itself is done, and its sinks have reported it
+        except UploadError:  # the run itself is done, and its sinks have reported it
+            if stop:
+                raise stop.error("all but the upload to the Hub") from None
+            raise
         except SimpleTunerError as error:
             step = run.progress.global_step if run is not None else 0
             bus.emit(RunFailed(step=step, message=error.render(), exit_code=error.exit_code))
@@ -104,9 +106,9 @@ def stopped_by_signals(stop: StopRequest) -> Iterator[None]:
         raise
 
 
-def build_publisher(loaded: LoadedRun) -> Publisher | None:
+def build_publisher(loaded: LoadedRun, stop: StopRequest) -> Publisher | None:
     job = make_job(loaded, get_spec(loaded.config.model.model_family))
-    return Publisher(job) if job is not None else None
+    return Publisher(job, should_stop=lambda: bool(stop)) if job is not None else None
 
 
 def publish(publisher: Publisher, step: int, session: Session) -> None:
@@ -116,4 +118,4 @@ def publish(publisher: Publisher, step: int, session: Session) -> None:
         UploadError: it did not succeed.
     """
     with phase(session.bus, "uploading to the Hub"):
-        publisher.finish(step, lambda: bool(session.stop))
+        publisher.finish(step)

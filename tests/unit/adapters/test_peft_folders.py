@@ -94,7 +94,7 @@ def test_settings_that_cannot_be_read_or_mean_another_base_are_refused_by_name(t
         with pytest.raises(DataError, match=message):
             read_adapter(tmp_path, OMNIGEN, tiny_omnigen_transformer())
     file.write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="is not valid JSON"):
         read_adapter(tmp_path, OMNIGEN, tiny_omnigen_transformer())
 
 

@@ -134,6 +134,22 @@ def test_waiting_for_uploads_can_be_asked_for(hub, api, job, checkpoint):
             assert len(hub.repos["me/stars"].commits) == step
 
 
+def test_who_waits_for_an_upload_answers_a_signal_at_once(hub, api, job, checkpoint, monkeypatch):
+    import dataclasses
+
+    asked = []
+    waits, should_stop = dataclasses.replace(job, waits=True), lambda: asked.append(1) or True
+    publisher, bus = start(waits, api, Reported(), should_stop=should_stop)
+    monkeypatch.setattr(publisher, "_enqueue", publisher._waiting.append)  # an upload that takes an hour
+    with bus:
+        bus.emit(CheckpointSaved(10, checkpoint(10)))
+        assert asked, "a checkpoint"
+        asked.clear()
+        with pytest.raises(UploadError, match="not on the Hub"):
+            publisher.finish(100)
+        assert asked, "the end"
+
+
 def test_an_upload_that_the_hub_refuses_ends_with_its_own_exit_code_and_the_command(hub, api, job):
     reported = Reported()
     publisher, bus = start(job, api, reported)

@@ -185,7 +185,7 @@ def test_whatever_a_library_tries_torch_load_is_closed_while_it_loads(tmp_path: 
         (b"{", "is damaged"),
         (b"[1]", "no JSON object"),
         (b"\xff\xfe\x00", "is not UTF-16 text"),
-        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"a": ' * 100_000, "100 levels of nesting"),
     ],
 )
 def test_a_damaged_configuration_is_an_error_with_its_file(folder: Path, content: bytes, words: str) -> None:
