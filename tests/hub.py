@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 def fake_hub() -> Iterator[FakeHub]:
     """Serve an empty hub on 127.0.0.1."""
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield server

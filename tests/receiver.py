@@ -106,7 +106,7 @@ def receiver(behavior: Behavior = "ok") -> Iterator[Receiver]:
         server.close()
 
 
-def wait_until(condition: Any, seconds: float = 30.0) -> None:
+def wait_until(condition: Any, seconds: float = 240.0) -> None:
     """Wait for a condition; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

@@ -277,7 +277,7 @@ def test_images_of_one_stem_both_train(folder, monkeypatch):
 
 
 # Small shards and a slow VAE, so that a kill comes between two of them.
-SLOW_BUILD = """
+BUILD_THAT_STAYS = """
 import sys, time
 from simpletuner import cli
 from simpletuner.cache import encoding, latents, store
@@ -285,11 +285,13 @@ class Eager(store.StoreWriter):
     def __init__(self, tensors, **options):
         super().__init__(tensors, max_entries=4)
 latents.StoreWriter = Eager
-encode = encoding.BatchEncoder.encode
-def slow(self, images):
-    time.sleep(0.05)
+encode, batches = encoding.BatchEncoder.encode, []
+def stays(self, images):
+    batches.append(images)
+    if len(batches) > 10:
+        time.sleep(600)
     return encode(self, images)
-encoding.BatchEncoder.encode = slow
+encoding.BatchEncoder.encode = stays
 sys.argv = ["simpletuner", "cache", "build", "--vae_batch_size=2"]
 cli.main()
 """
@@ -313,8 +315,8 @@ def test_after_kill_9_a_second_build_encodes_only_what_is_missing(tmp_path, omni
         write_run(folder, omnigen_folder, [dataset("images")])
     killed, undisturbed = folders
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", SLOW_BUILD], cwd=killed, env=environment, stdout=-1) as building:
-        deadline = time.monotonic() + 120
+    with subprocess.Popen([sys.executable, "-c", BUILD_THAT_STAYS], cwd=killed, env=environment, stdout=-1) as building:
+        deadline = time.monotonic() + 240
         while len(cached_keys(killed)) < 2 * 8 and time.monotonic() < deadline:
             time.sleep(0.02)
         building.send_signal(signal.SIGKILL)

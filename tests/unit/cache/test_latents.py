@@ -329,8 +329,8 @@ class Eager(store.StoreWriter):
 latents.StoreWriter = Eager
 def report(done, total):
     print(done, flush=True)
-    if mode == "slow":
-        time.sleep(0.05)
+    if mode == "stays" and done >= 14:
+        time.sleep(600)
 with TensorStore(folder) as tensors:
     LatentCache(tensors, make_family(), "fingerprint").fill(ImageInput(24), tiny_vae, 2, report)
 """
@@ -345,7 +345,7 @@ def _start_filling(folder: Path, mode: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_kill_9_while_filling_loses_nothing_that_was_written(cache):
-    with _start_filling(cache.store.folder, "slow") as filling:
+    with _start_filling(cache.store.folder, "stays") as filling:
         while int(filling.stdout.readline()) < 14:
             pass
         filling.send_signal(signal.SIGKILL)
@@ -364,7 +364,7 @@ def test_kill_9_while_filling_loses_nothing_that_was_written(cache):
 def test_two_processes_fill_one_cache_at_once(cache, tmp_path):
     both = [_start_filling(cache.store.folder, "fast") for _ in range(2)]
     for each in both:
-        each.communicate(timeout=120)
+        each.communicate(timeout=300)
         assert each.returncode == 0
     assert cache.fill(ImageInput(24), no_vae, batch_size=2).num_cached == 24
     assert cache.store.verify() == []

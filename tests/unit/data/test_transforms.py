@@ -311,7 +311,7 @@ def test_images_that_are_decoded_at_once_have_a_limit_together() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join()
     assert running == 0
     assert most == 400  # the one that is too large works, alone
     assert pixels._taken == 0

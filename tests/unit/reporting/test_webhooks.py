@@ -40,7 +40,7 @@ from simpletuner.reporting.webhooks.transport import Deadlines
 from tests.events import step_done
 from tests.receiver import Receiver, receiver, wait_until
 
-QUICK = Timing(Deadlines(5.0, 5.0, 5.0), Patience(0.02, 0.1, 3), progress=0.05, drain=20.0)
+QUICK = Timing(Deadlines(60.0, 60.0, 60.0), Patience(0.02, 0.1, 3), progress=0.05, drain=120.0)
 HASTY = replace(QUICK, deadlines=Deadlines(0.3, 0.3, 0.4))
 NAMED = ["hangs", "drips", "500", "429", "413", "302", "401"]
 
@@ -169,7 +169,7 @@ def test_a_lost_answer_gives_the_same_event_a_second_time_under_the_same_id(tmp_
 @pytest.mark.parametrize("behavior", ["hangs", "drips"])
 def test_handling_an_event_takes_no_time_and_the_end_has_a_deadline(tmp_path: Path, behavior: str) -> None:
     with receiver(behavior) as server:
-        patient = replace(QUICK, drain=0.5, deadlines=Deadlines(60.0, 60.0, 60.0))
+        patient = replace(QUICK, drain=0.5, deadlines=Deadlines(600.0, 600.0, 600.0))
         sink = make_sink(tmp_path, raw(server.url), timing=patient)
         started = time.thread_time()
         for number in range(1, 2001):
@@ -179,7 +179,7 @@ def test_handling_an_event_takes_no_time_and_the_end_has_a_deadline(tmp_path: Pa
         wait_until(lambda: server.tries)
         started = time.monotonic()
         sink.close()
-        assert time.monotonic() - started < 30, "not the minute in which the service would be given up"
+        assert time.monotonic() - started < 300, "not the ten minutes in which the service would be given up"
 
 
 def test_a_dead_service_costs_bounded_memory(tmp_path: Path) -> None:
