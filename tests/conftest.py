@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -10,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.memory_folder import memory_folder
+
 os.environ["OMP_NUM_THREADS"] = "1"  # tests fork, and the threads of OpenMP do not come along
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if (folder := memory_folder()) is not None:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", folder)
+# Each run notes nineteen of them, and to read one takes milliseconds.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 gc.disable()  # until all tests are imported: each collection would look at all modules again
 
 

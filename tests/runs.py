@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from simpletuner.config.loading import LoadedRun, load_run
 from simpletuner.errors import Interrupted
-from simpletuner.training import loop
+from simpletuner.training import finish, loop
 from simpletuner.training.trainer import train
 
 LYCORIS = {
@@ -103,10 +103,17 @@ def load_here(folder: Path, *arguments: str) -> LoadedRun:
     return load_run(arguments, {}, folder)
 
 
-def train_here(folder: Path, *arguments: str) -> Path:
-    """Train the run of `folder` in this process; returns the output folder."""
+def train_here(folder: Path, *arguments: str, draws_curve: bool = False) -> Path:
+    """Train the run of `folder` in this process; returns the output folder.
+
+    Args:
+        draws_curve: draw the loss curve, which takes as long as eight tiny steps.
+    """
     loaded = load_here(folder, *arguments)
-    train(loaded)
+    with pytest.MonkeyPatch.context() as patched:
+        if not draws_curve:
+            patched.setattr(finish, "plot_loss", lambda metrics, destination: None)
+        train(loaded)
     return Path(loaded.config.checkpoint.output_dir)
 
 

@@ -103,7 +103,7 @@ def test_stray_folders_are_never_taken_for_checkpoints(tmp_path, omnigen_folder)
 
 def test_a_chart_library_that_cannot_be_imported_costs_the_loss_curve_only(tmp_path, omnigen_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    output = train_here(write_run(tmp_path / "run", omnigen_folder, max_train_steps=1))
+    output = train_here(write_run(tmp_path / "run", omnigen_folder, max_train_steps=1), draws_curve=True)
     assert any("no loss curve: " in record["text"] for record in metrics(output, "notice"))
     assert len(metrics(output, "run_finished")) == 1
     assert not (output / "loss.png").exists()

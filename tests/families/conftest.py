@@ -9,10 +9,11 @@ import pytest
 
 from simpletuner.families.registry import FAMILIES
 
+UNET = "kolors"  # the tiny one with the fewest blocks
 # An own denoiser that only tokenizes, a UNet that predicts noise, a transformer of flow, one that sees references.
-QUICK = {"omnigen", "sdxl", "flux", "qwen_image_edit"}
+QUICK = {"omnigen", UNET, "flux", "qwen_image_edit"}
 HERE = Path(__file__).parent
-# A UNet has ten times the layers of the others: of these tests the quick suite looks at one form, which the row names.
+# A UNet has several times the layers of others: of these tests the quick suite looks at one form, which the row names.
 ONE_FORM = {
     "test_every_adapter_is_whole_on_its_device_and_waits_for_nothing": "LoRA",
     "test_every_number_format_is_whole_on_its_device_and_waits_for_nothing": "LoRA",
@@ -27,5 +28,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         words = set(re.split(r"[\[\]-]", item.name))
         if HERE in item.path.parents and words & (FAMILIES.keys() - QUICK):
             item.add_marker(pytest.mark.slow)
-        if "sdxl" in words and ONE_FORM.get(getattr(item, "originalname", ""), "sdxl") not in words:
+        if UNET in words and ONE_FORM.get(getattr(item, "originalname", ""), UNET) not in words:
             item.add_marker(pytest.mark.slow)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -204,8 +203,3 @@ class Scene:
 
 def last_lines(place: Path) -> str:
     return " | ".join(forks.terminal(place).splitlines()[-3:])
-
-
-def memory_folder() -> str | None:
-    """Where files cost no disk, if there is such a place."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

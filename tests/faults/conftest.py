@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import Scene, memory_folder
+from tests.faults.cases import Scene
+from tests.memory_folder import memory_folder
 from tests.tiny import tiny_omnigen_folder
 
 

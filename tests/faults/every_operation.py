@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults.cases import ERRORS, Scene, memory_folder
+from tests.faults.cases import ERRORS, Scene
 from tests.faults.forks import Operation
+from tests.memory_folder import memory_folder
 from tests.tiny import tiny_omnigen_folder
 
 KILL = "kill"

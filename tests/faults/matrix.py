@@ -238,7 +238,7 @@ def _unequal(
 
 def main() -> None:
     """All combinations, one line each; the exit code is 1 where one is wrong. `python -m tests.faults.matrix [WORD]`"""
-    from tests.faults.cases import memory_folder
+    from tests.memory_folder import memory_folder
     from tests.tiny import tiny_omnigen_folder
 
     with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:

@@ -92,22 +92,29 @@ SETTINGS = {
 }
 
 
+def losses_of(folder: Path, model: Path, **options: object) -> tuple[list[float], list[float]]:
+    """Those of three steps, and the eval losses before and after them."""
+    write_images(folder / "images", 4, seed=1)
+    write_images(folder / "held_out", 2, seed=2)
+    data = [dataset("images"), dataset("held_out", dataset_type="eval")]
+    output = train_here(write_run(folder, model, data, max_train_steps=3, eval_steps_interval=3, **options))
+    steps = [record["loss"] for record in metrics(output, "step_done")]
+    return steps, [record["pooled"] for record in metrics(output, "eval_done")]
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory: pytest.TempPathFactory, omnigen_folder: Path) -> tuple[list[float], list[float]]:
+    return losses_of(tmp_path_factory.mktemp("plain"), omnigen_folder)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_trains_differs_and_leaves_the_eval_loss_of_the_start_alone(
-    tmp_path, omnigen_folder, name
+    tmp_path: Path, omnigen_folder: Path, plain_losses: tuple[list[float], list[float]], name: str
 ) -> None:
-    runs = []
-    for folder, options in ((tmp_path / "plain", {}), (tmp_path / "set", SETTINGS[name])):
-        write_images(folder / "images", 4, seed=1)
-        write_images(folder / "held_out", 2, seed=2)
-        data = [dataset("images"), dataset("held_out", dataset_type="eval")]
-        write_run(folder, omnigen_folder, data, max_train_steps=3, eval_steps_interval=3, **options)
-        runs.append(train_here(folder))
-    losses = [[record["loss"] for record in metrics(output, "step_done")] for output in runs]
-    assert all(a != b for a, b in zip(*losses, strict=True))
-    evals = [[record["pooled"] for record in metrics(output, "eval_done")] for output in runs]
-    assert evals[0][0] == evals[1][0]
-    assert evals[0][-1] != evals[1][-1]
+    steps, evals = losses_of(tmp_path, omnigen_folder, **SETTINGS[name])
+    assert all(one != other for one, other in zip(steps, plain_losses[0], strict=True))
+    assert evals[0] == plain_losses[1][0]
+    assert evals[-1] != plain_losses[1][-1]
 
 
 def test_defaults_are_the_plain_objective(tmp_path, omnigen_folder) -> None:
