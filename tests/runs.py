@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ LYCORIS = {
         "module_algo_map": {"Attention": {"factor": 4}, "FeedForward": {"factor": 2}},
     },
 }
+
+
+def slow_but(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Cases of a test, of which the quick suite looks at some."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def write_images(folder: Path, count: int, seed: int, side: int = 64) -> Path:

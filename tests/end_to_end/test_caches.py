@@ -29,7 +29,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.process import Process
 from simpletuner.training.signals import StopRequest
-from tests.runs import dataset, load_here, run_cli, write_images, write_run
+from tests.runs import dataset, load_here, run_cli, slow_but, write_images, write_run
 
 COUNT = 4
 
@@ -148,7 +148,11 @@ MATRIX: dict[str, tuple[Callable[[Path], object], int]] = {
 }
 
 
-@pytest.mark.parametrize("what", MATRIX)
+# Of the rest each says little that these do not.
+QUICK = ("the bytes of one image", "two images swapped", "a caption", "the place of the crop", "the weights of the VAE")
+
+
+@pytest.mark.parametrize("what", slow_but(MATRIX, QUICK))
 def test_after_a_change_nothing_stale_is_used_and_nothing_is_made_twice(folder, monkeypatch, what):
     change, num_encoded = MATRIX[what]
     read(folder)

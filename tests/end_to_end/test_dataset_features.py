@@ -15,6 +15,7 @@ from tests.runs import (
     dataset,
     metrics,
     require_same_bits_after_a_stop,
+    slow_but,
     train_here,
     weights_of,
     write_images,
@@ -65,7 +66,7 @@ def prepare(folder: Path, model: Path, data: list[dict[str, Any]], **options: An
     return write_run(folder, model, data, **({"masked_loss_probability": 0.8} | options))
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", slow_but(FEATURES, ("weights, schedules, a batch size of its own",)))
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, omnigen_folder, monkeypatch, features: str) -> None:
     data, options = FEATURES[features], {"gradient_accumulation_steps": 2}
     straight, _ = require_same_bits_after_a_stop(

@@ -16,7 +16,7 @@ from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.report.record import read_run
 from simpletuner.training import evaluate, loop
-from tests.runs import dataset, metrics, train_here, write_images, write_run
+from tests.runs import dataset, metrics, slow_but, train_here, write_images, write_run
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "run_without_identity.tar.xz"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -121,7 +121,10 @@ def test_a_path_means_that_checkpoint_and_not_one_of_its_name_in_the_folder(tmp_
         train_here(folder, f"--resume_from_checkpoint={one}/checkpoint-4", wrong)
 
 
-@pytest.mark.parametrize("change", ["--optimizer=adafactor", "--lycoris_config=other.json"])
+OPTIMIZER, ADAPTER = "--optimizer=adafactor", "--lycoris_config=other.json"
+
+
+@pytest.mark.parametrize("change", slow_but((OPTIMIZER, ADAPTER), (ADAPTER,)))
 def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path, omnigen_folder: Path, monkeypatch, change: str):
     folder = write_run(tmp_path, omnigen_folder, **QUICK)
     lycoris = json.loads((folder / "lycoris_config.json").read_text())
@@ -148,7 +151,7 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_changed(tmp_path:
     assert content(output) == before
 
 
-@pytest.mark.parametrize("damage", ["empty", "missing", "another step"])
+@pytest.mark.parametrize("damage", slow_but(("empty", "missing", "another step"), ("another step",)))
 def test_complete_means_readable_final_weights_of_this_step(tmp_path: Path, omnigen_folder: Path, damage: str):
     folder = write_run(tmp_path, omnigen_folder, **QUICK)
     output = train_here(folder)

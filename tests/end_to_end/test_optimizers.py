@@ -16,7 +16,7 @@ from simpletuner.models.build import build_family
 from simpletuner.optim.optimizers import averaged_weights, build_optimizer
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
-from tests.runs import load_here, metrics, require_same_bits_after_a_stop, train_here, write_run
+from tests.runs import load_here, metrics, require_same_bits_after_a_stop, slow_but, train_here, write_run
 
 # Learning rates at which a tiny adapter visibly learns; where none stands, that of AdamW.
 ADAMW_RATE = 2e-2
@@ -35,20 +35,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, omnigen_folder: Path) -
     return write_run(tmp_path_factory.mktemp("run"), omnigen_folder)
 
 
-QUICK = (
-    "adamw_bf16",
-    "adamw",
-    "ao-adamw8bit",
-    "optimi-lion",
-    "bnb-lion8bit-paged",
-    "adamw_schedulefree",
-    "prodigy",
-    "muon",
-)
-SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
-
-
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, ("adamw_bf16", "adamw", "adamw_schedulefree", "prodigy")))
 def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> None:
     loaded = load_here(run_folder)
     family = build_family(loaded.config)
@@ -75,8 +62,7 @@ def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["adamw_schedulefree"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("bnb-lion8bit-paged", "prodigy", "muon", "soap")],
+    slow_but(("adamw_schedulefree", "bnb-lion8bit-paged", "prodigy", "muon", "soap"), ("adamw_schedulefree",)),
 )
 def test_a_run_resumes_to_the_same_bits(name: str, tmp_path: Path, omnigen_folder: Path, monkeypatch) -> None:
     options = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,21 @@ from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.quantize import copy_unpacked, quantized_layers
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
-from tests.runs import load_here, metrics, require_same_bits_after_a_stop, run_cli, train_here, train_in_two, write_run
+from tests.runs import (
+    load_here,
+    metrics,
+    require_same_bits_after_a_stop,
+    run_cli,
+    slow_but,
+    train_here,
+    train_in_two,
+    write_run,
+)
 from tests.tiny_folders import TINY_FOLDERS
 
 PRECISIONS = [name for name in all_options()["base_model_precision"].choices if name != "no_change"]
 QUICK = ("int8-quanto", "nf4-bnb")
 ADAPTERS = {"lokr": {}, "lora": {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4, "lora_dropout": 0.0}}
-
-
-def slow_but(names: Iterable[str], quick: Sequence[str]) -> list[Any]:
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("precision", slow_but(PRECISIONS, QUICK))
@@ -65,7 +69,7 @@ def test_an_adapter_trains_on_a_packed_base(precision: str, adapter: str, tmp_pa
             assert torch.equal(layer.weight, before[plain])
 
 
-@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8-torchao in 8 bits"])
+@pytest.mark.parametrize("precision", slow_but([*PRECISIONS, "fp8-torchao in 8 bits"], QUICK))
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_gradients_through_a_packed_base_are_as_near_as_its_weights(
     precision: str, adapter: str, tmp_path: Path, omnigen_folder: Path

@@ -21,7 +21,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.process import Process
 from simpletuner.training.signals import StopRequest
-from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
+from tests.runs import dataset, load_here, metrics, slow_but, train_here, write_images, write_run
 from tests.tiny_auraflow import tiny_auraflow_folder
 
 COUNT = 3
@@ -128,7 +128,7 @@ MATRIX: dict[str, tuple[Callable[[Path], object], int]] = {
 QUICK = ("a caption", "the weights of the encoder", "the tokenizer", "a damaged entry")
 
 
-@pytest.mark.parametrize("what", [w if w in QUICK else pytest.param(w, marks=pytest.mark.slow) for w in MATRIX])
+@pytest.mark.parametrize("what", slow_but(MATRIX, QUICK))
 def test_after_a_change_nothing_stale_is_used_and_nothing_is_made_twice(folder, monkeypatch, what):
     change, num_encoded = MATRIX[what]
     embeds(folder)

@@ -21,6 +21,7 @@ from tests.runs import (
     metrics,
     require_same_bits_after_a_stop,
     run_cli,
+    slow_but,
     train_here,
     weights_of,
     write_run,
@@ -46,7 +47,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = ("lokr, accumulation, EMA, clip by value", "full, cosine, EMA, clip by norm")
+
+
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, QUICK))
 def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(tmp_path, omnigen_folder, monkeypatch, variant):
     require_same_bits_after_a_stop(
         lambda folder: write_run(folder, omnigen_folder, **VARIANTS[variant]), tmp_path, monkeypatch

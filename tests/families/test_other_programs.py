@@ -26,6 +26,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.families.readers import FORMS, NO_LENGTHS, SILENT, readers_of
 from simpletuner.families.registry import get_spec
 from simpletuner.families.spec import FamilySpec
+from tests.runs import slow_but
 from tests.tiny_auraflow import tiny_auraflow_transformer
 from tests.tiny_flux2 import tiny_flux2_transformer
 from tests.tiny_kolors import tiny_kolors_unet
@@ -109,9 +110,7 @@ def is_held(spec: FamilySpec, form: str, weights: AdapterWeights) -> bool:
 QUICK = ("default layers", "lokr")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*LORA, *LYCORIS)]
-)
+@pytest.mark.parametrize("name", slow_but((*LORA, *LYCORIS), QUICK))
 @pytest.mark.parametrize("family", DENOISERS)
 def test_every_form_does_elsewhere_what_the_table_says(family: str, name: str, tmp_path: Path) -> None:
     spec, make = get_spec(family), DENOISERS[family]
