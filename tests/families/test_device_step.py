@@ -123,11 +123,10 @@ def faults_of_a_step(family: ModelFamily, attach: Callable[[nn.Module, ModelFami
     return device.faults
 
 
-CI = pytest.mark.ci
-QUICK = ("LoRA", "LoKr", "OFT, constrained", "boft")
+MARKS: dict[str, Any] = {"LoRA": (), "LoKr": (), "OFT, constrained": pytest.mark.slow, "boft": pytest.mark.slow}
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=CI) for name in ADAPTERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.ci)) for name in ADAPTERS])
 def test_every_adapter_is_whole_on_its_device_and_waits_for_nothing(name: str, make_family: Any) -> None:
     assert faults_of_a_step(make_family(), ADAPTERS[name]) == set()
 
