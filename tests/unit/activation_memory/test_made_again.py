@@ -103,10 +103,11 @@ def test_weights_are_there_anyway_and_other_sources_must_take_less_than_what_is_
 
 def test_what_was_made_without_autocast_is_made_again_without_it() -> None:
     """A product in bfloat16 would be 1."""
-    x, weight = torch.full((1, 1), 1 + 2**-10), torch.ones(2, 1)
+    x, weight = torch.full((1, 1), 1 + 2**-10), nn.Parameter(torch.ones(2, 1), requires_grad=False)
     y = torch.ones(1, 2, requires_grad=True)
     with Trace("cpu", makes_products=True):
         output = (F.linear(x, weight) * y).sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), Calls() as calls:
         [gradient] = torch.autograd.grad(output, y)
+    assert {"mm", "addmm", "linear"} & set(calls.names)
     assert gradient.tolist() == [[1 + 2**-10] * 2]

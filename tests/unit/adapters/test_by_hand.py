@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simpletuner.adapters import reading
-from simpletuner.adapters.base import MatchCount, copy_into
+from simpletuner.adapters.base import Adapter, MatchCount, copy_into
 from simpletuner.adapters.effect import _read_off, _single_ones
+from simpletuner.adapters.formats import modules_in_file
 from simpletuner.adapters.layers import device_of, floating_dtype, is_layer, layer_class, num_rows
 from simpletuner.adapters.lokr_kernels import Trial
 from simpletuner.adapters.lora import LoraSettings
@@ -372,6 +373,24 @@ def test_the_scale_of_a_lora_is_alpha_over_its_rank_and_without_alpha_one() -> N
     assert LoraSettings(rank=8, alpha=4).scale == 0.5
     assert LoraSettings(rank=8).scale == 1.0
     assert LoraSettings() == LoraSettings(16, None, 0.0, "default", False, ("default",), "diffusers")
+
+
+def test_what_a_kind_of_adapter_cannot_do_is_named_by_its_option() -> None:
+    class Bare(Adapter):
+        disabled = save = trainable_parameters = None  # type: ignore[assignment]
+
+    bare = Bare([])  # type: ignore[abstract]
+    with pytest.raises(ConfigError, match="validation_lycoris_strength: this kind of adapter cannot be scaled"):
+        bare.scaled(0.5)
+    with pytest.raises(DataError, match="x: init_lora: there is no adapter to start from a file"):
+        bare.start_from(AdapterWeights({}), "x")
+    assert (bare.read_by(), bare.choose_kernels(torch.device("cpu"), torch.float32, {})) == (None, [])
+    lokr = AdapterWeights({"layers.0.self_attn.to_q": {"lokr_w1": ONE}})
+    with pytest.raises(ConfigError, match="format: diffusers files hold plain LoRA, and this adapter is lokr"):
+        modules_in_file(lokr, OMNIGEN, "diffusers", Net())
+    joined = AdapterWeights({"transformer_blocks.0.attn.to_q": {"lokr_w1": ONE}})
+    with pytest.raises(ConfigError, match=r"format: kohya files know .* as double_blocks.0.img_attn.qkv, and only a"):
+        modules_in_file(joined, FLUX, "kohya", Net())
 
 
 def test_values_that_do_not_fit_are_named_one_by_one(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_pattern_stands_for_wanted_layers_alone() -> None:
 
 def test_a_family_that_it_does_not_have_is_refused() -> None:
     denoiser = tiny_omnigen_transformer()
-    with pytest.raises(ConfigError, match="DiffSynth-Studio has no OmniGen"):
+    with pytest.raises(ConfigError, match="format: DiffSynth-Studio has no OmniGen"):
         encode(AdapterWeights({}), get_spec("omnigen"), "diffsynth", denoiser)
     assert target_patterns(["to_q"], get_spec("omnigen")) == {"to_q": ()}
 

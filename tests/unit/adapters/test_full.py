@@ -39,7 +39,7 @@ def test_what_is_saved_is_what_diffusers_loads(tmp_path: Path) -> None:
 
 def test_there_is_no_base_to_fall_back_on() -> None:
     adapter = FullAdapter(tiny_omnigen_transformer(), OMNIGEN)
-    with pytest.raises(ConfigError, match="is_regularisation_data"):
+    with pytest.raises(ConfigError, match="is_regularisation_data: prior preservation takes its target from the base"):
         adapter.disabled()
 
 

@@ -225,7 +225,7 @@ def test_an_adapter_whose_layer_ignores_it_is_refused(quickstart, monkeypatch) -
             self.add_module(module.lora_name, module)
 
     monkeypatch.setattr(LycorisNetwork, "apply_to", apply_nowhere)
-    with pytest.raises(ConfigError, match="changes nothing"):
+    with pytest.raises(ConfigError, match="lycoris_config: a LokrModule on Linear changes nothing"):
         attach(quickstart)
 
 
@@ -247,7 +247,8 @@ def test_bypass_is_used_only_where_the_result_is_the_same(quickstart, lycoris, b
 def test_an_adapter_whose_file_could_not_be_loaded_is_refused_before_it_trains() -> None:
     """LyCORIS' loader guesses the factor from the shapes, and with 4 channels and a factor of 32 guesses 4."""
     lycoris = {"algo": "lokr", "linear_dim": 10000, "factor": 32}
-    with pytest.raises(ConfigError, match=r"takes patch_embedding.output_image_proj for one of another size"):
+    message = "lycoris_config: LyCORIS could not load the file: it takes patch_embedding.output_image_proj for one of"
+    with pytest.raises(ConfigError, match=f"{message} another size"):
         attach(lycoris | {"apply_preset": {"target_name": ["patch_embedding.output_image_proj"]}})
 
 

@@ -61,7 +61,7 @@ def require_learning(denoiser: nn.Module, parameters: dict[str, nn.Parameter], b
 
 
 def test_what_needs_plain_weights_is_refused(denoiser: nn.Module) -> None:
-    with pytest.raises(ConfigError, match="packed"):
+    with pytest.raises(ConfigError, match=r"lora_init_type: pissa decomposes the weight of .*, which is packed"):
         attach_lora(denoiser, LoraSettings(init="pissa"), OMNIGEN, torch.float32, 1)
     lycoris = {"algo": "full", "apply_preset": {"target_module": ["Attention"]}}
     with pytest.raises(ConfigError, match="those of the base are packed"):

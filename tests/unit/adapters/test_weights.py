@@ -233,7 +233,9 @@ def test_joined_layers_of_two_formats_keep_the_wider_one_and_their_norms():
     assert fused[UP].tolist() == [[1, 0], [0, 1 + 2**-12]]
     assert fused[DORA].tolist() == [[2], [3]]
     assert [piece[DORA].tolist() for piece in split_lora(fused, [1, 1])] == [[[2]], [[3]]]
-    with pytest.raises(ConfigError, match="some are weight-decomposed and others are not"):
+    with pytest.raises(
+        ConfigError, match="format: of layers that are one matrix some are weight-decomposed and others are not"
+    ):
         fuse_loras([(1, narrow), (1, PLAIN)])
 
 

@@ -56,6 +56,7 @@ def test_the_last_block_may_be_another_one_in_each_model() -> None:
     keys = table.in_model(f"blocks.{number}.norm.weight" for number in (9, 10, 11))
     swapped = {path: keys.original(path).swaps_halves for path in ("blocks.9.norm", "blocks.11.norm", "norm_out")}
     assert swapped == {"blocks.9.norm": False, "blocks.11.norm": True, "norm_out": True}
+    assert table.in_model(["elsewhere.3.norm"]).swapped == ("norm_out",)
     assert not table.in_model(["blocks.3.norm"], swaps_last_block=False).original("blocks.3.norm").swaps_halves
 
 

@@ -120,6 +120,15 @@ def test_the_first_value_lies_in_the_lowest_bits(bits: int, byte: int) -> None:
     assert unpack_bits(torch.tensor([[byte]], dtype=torch.uint8), bits).tolist() == values.tolist()
 
 
+def test_a_row_fills_whole_bytes() -> None:
+    fits = {
+        name: [get_format(name).fits(3, columns) for columns in (2, 3, 4, 6)] for name in ("int4-quanto", "int2-quanto")
+    }
+    assert fits == {"int4-quanto": [True, False, True, True], "int2-quanto": [False, False, True, False]}
+    assert [get_format("nf4-bnb").fits(*sizes) for sizes in ((1, 64), (2, 32), (3, 32))] == [True, True, False]
+    assert get_format("int8-quanto").fits(1, 1)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_bits_survive_packing(bits: int) -> None:
     values = torch.randint(0, 2**bits, (5, 24), dtype=torch.uint8)
@@ -199,8 +208,14 @@ def test_only_layers_of_blocks_that_a_format_takes_are_packed() -> None:
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="finds no layer"):
+    with pytest.raises(ConfigError, match="base_model_precision: int8-quanto finds no layer of Model that it can pack"):
         quantize(Model(), "int8-quanto", block_classes=("Elsewhere",))
+
+
+@pytest.mark.parametrize("name", ["int9-quanto", "int2-torchao", "nf4", "int8-elsewhere"])
+def test_a_name_that_is_no_format_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f'base_model_precision: "{name}" is not a number format'):
+        get_format(name)
 
 
 @pytest.mark.parametrize("name", PROMISED)

@@ -17,11 +17,13 @@ from simpletuner.precision.product_trials import choose_products, chosen_product
 from simpletuner.precision.products import (
     UNPACKED,
     Ways,
+    has_8_bit_products,
     input_gradient,
     multiply,
     output_product,
     product_bytes,
     quantize_rows,
+    ways_of,
 )
 from simpletuner.precision.quantize import NumberFormats, get_format, require_device
 
@@ -69,6 +71,12 @@ def test_float8_rows_are_what_the_hand_computes() -> None:
     rows, scales = quantize_rows(torch.tensor([[112.0, 17.0, -0.5]]), torch.float8_e4m3fn)
     assert scales.tolist() == [[0.25]]
     assert rows.float().tolist() == [[448.0, 64.0, -2.0]]
+
+
+def test_kernels_take_sides_of_16_and_float8_a_copy_of_the_matrix_for_the_gradient() -> None:
+    assert [has_8_bit_products(*sizes) for sizes in ((16, 32), (16, 24), (24, 16), (8, 8))] == [True, *[False] * 3]
+    assert ways_of(torch.int8) == ("direct", "direct")
+    assert ways_of(torch.float8_e4m3fn) == Ways(output="direct", gradient="copied")
 
 
 def test_int8_rows_are_those_of_torchao_s_training() -> None:

@@ -162,6 +162,7 @@ def test_sizes_are_across_then_down_as_the_weights_were_trained(folders: dict[st
     family, latents = hunyuan(folders["v1_1"]), torch.zeros(1, 4, 8, 12)
     batch = Batch(latents, family.encode_prompts(["a"]), [0], "", torch.ones(1), "")
     assert family.collate(batch)["image_meta_size"].tolist() == [[96, 64, 96, 64, 0, 0]]
+    assert family.collate(batch)["image_meta_size"].dtype == torch.float32
     given: list[Tensor] = []
     denoiser = family.load_denoiser()
     denoiser.register_forward_pre_hook(lambda _, __, named: given.append(named["image_meta_size"]), with_kwargs=True)
