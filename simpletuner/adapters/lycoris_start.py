@@ -40,7 +40,7 @@ def start_module(module: LycorisBaseModule, tensors: Module, path: str, file: st
                 fix="use the algorithm, dimensions and factor of the file in lycoris_config.json",
             )
         )
-    counts = UP not in tensors and ALPHA in tensors and not is_whole_lokr(tensors)
+    counts = not {UP, "diff"} & set(tensors) and ALPHA in tensors and not is_whole_lokr(tensors)
     if counts and float(tensors[ALPHA]) != float(module.alpha):
         message = f"{path} has alpha {float(tensors[ALPHA]):g} there and {float(module.alpha):g} here"
         raise DataError(Problem(message, key="init_lora", file=file, fix="set linear_alpha in lycoris_config.json"))

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from simpletuner.adapters.base import copy_into, values_replaced
 from simpletuner.adapters.build import build_adapter, lora_settings
 from simpletuner.adapters.full import FullAdapter
 from simpletuner.adapters.lora import LoraSettings
+from simpletuner.adapters.reading import read_tensor_file
 from simpletuner.config.trained_parts import rates_of
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -35,6 +37,17 @@ def test_what_is_saved_is_what_diffusers_loads(tmp_path: Path) -> None:
     loaded = type(denoiser).from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(run_stock(loaded), run_stock(denoiser))
+
+
+def test_a_denoiser_without_a_configuration_is_saved_as_its_weights_alone(tmp_path: Path) -> None:
+    layer = nn.Linear(2, 1).requires_grad_(False)
+    FullAdapter(layer, OMNIGEN).save(tmp_path / "a.safetensors", {"x": "y", "format": "own"})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    tensors, metadata = read_tensor_file(tmp_path / "a.safetensors")
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "weight": layer.weight.tolist(), "bias": layer.bias.tolist()
+    }  # fmt: skip
+    assert (metadata["x"], metadata["format"], metadata["modelspec.title"]) == ("y", "own", "OmniGen")
 
 
 def test_there_is_no_base_to_fall_back_on() -> None:

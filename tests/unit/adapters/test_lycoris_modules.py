@@ -8,12 +8,14 @@ import pytest
 import torch
 from lycoris.modules.dylora import DyLoraModule
 from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.loha import LohaModule
 from torch import nn
 
 from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.adapters.lycoris_full import FullDifference
 from simpletuner.adapters.lycoris_modules import prepare_module, rotations
-from simpletuner.errors import ConfigError
+from simpletuner.adapters.lycoris_start import start_module
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
 from tests.unit.adapters.conftest import base_state_dict, perturb, run_stock
@@ -176,6 +178,29 @@ def with_matrix(**settings: Any) -> tuple[nn.Linear, FullDifference]:
 
 
 ONES = torch.ones(1, 2)
+
+
+def test_a_whole_matrix_starts_with_that_of_a_file_and_one_of_another_size_is_refused() -> None:
+    _, module = with_matrix()
+    diff, bias = torch.tensor([[9.0, 8.0], [7.0, 6.0]]), torch.tensor([5.0, 4.0])
+    with torch.no_grad():
+        start_module(module, {"diff": diff, "diff_b": bias, "alpha": torch.tensor(1.0)}, "a.b", "file")
+    assert module.bias is not None
+    assert (module.weight.tolist(), module.bias.tolist()) == (diff.tolist(), bias.tolist())
+    message = "file: init_lora: a.b is full with bias 2, weight 3x2; here it has bias 2, weight 2x2"
+    with pytest.raises(DataError, match=message):
+        start_module(module, {"diff": torch.ones(3, 2), "diff_b": bias}, "a.b", "file")
+
+
+def test_alpha_of_a_file_counts_where_it_scales_the_change() -> None:
+    module = LohaModule("loha", nn.Linear(2, 2, bias=False), lora_dim=1, alpha=2)
+    tensors = {name: torch.full(p.shape, 3.0) for name, p in module.named_parameters()}
+    with torch.no_grad():
+        start_module(module, {**tensors, "alpha": torch.tensor(2.0)}, "a", "file")
+        assert all((parameter == 3).all() for parameter in module.parameters())
+        message = "file: init_lora: a has alpha 4 there and 2 here"
+        with pytest.raises(DataError, match=message):
+            start_module(module, {**tensors, "alpha": torch.tensor(4.0)}, "a", "file")
 
 
 def test_a_whole_matrix_and_its_bias_are_added_as_often_as_the_multiplier_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,17 @@ def test_a_small_vae_stays_and_one_of_more_than_256_mib_is_loaded_again(monkeypa
         assert len(loaded) == count
 
 
+def test_a_denoiser_without_values_is_as_the_loaded_one_but_for_them(omnigen_folder: Path) -> None:
+    family = family_of_model(str(omnigen_folder), "omnigen")
+    empty, loaded = family.empty_denoiser(), family.load_denoiser()
+    shapes = [{name: (p.shape, p.dtype) for name, p in module.named_parameters()} for module in (empty, loaded)]
+    assert shapes[0] == shapes[1]
+    for module, device in ((empty, "meta"), (loaded, "cpu"), (family.empty_vae(), "meta"), (family.load_vae(), "cpu")):
+        assert {(p.device.type, p.requires_grad) for p in module.parameters()} == {(device, False)}
+        assert not module.training
+    assert {p.dtype for p in family.load_vae().parameters()} == {torch.float32}
+
+
 @pytest.mark.slow
 def test_a_plan_counts_a_vae_that_decodes_in_tiles_with_less_memory(omnigen_folder: Path) -> None:
     whole = family_of_model(str(omnigen_folder), "omnigen")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from simpletuner.batch import PromptEmbeds
 from simpletuner.config.paths import WITHOUT
-from simpletuner.errors import ConfigError
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.families.spec import Component, Flavour
 from simpletuner.models.components import ModelSource
@@ -152,6 +154,25 @@ def test_negative_prompts_of_omnigen_are_one_for_all_or_one_each() -> None:
     assert omnigen._negative_prompts(None, 1) == [omnigen.DEFAULT_NEGATIVE_PROMPT]
     with pytest.raises(ValueError, match="1 negative prompts for 2 prompts"):
         omnigen._negative_prompts(["no"], 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [((None, None), (1024, 1024)), ((512, None), (512, 1024)), ((64, 96), (64, 96))]
+)
+def test_images_of_omnigen_have_the_size_of_its_samples_and_whole_tokens(given: Any, size: tuple[int, int]) -> None:
+    pipeline: Any = SimpleNamespace(default_sample_size=128, vae_scale_factor=8)
+    assert omnigen.OmniGenPipeline._check_size(pipeline, *given) == size
+    with pytest.raises(ValueError, match="must be multiples of 16, not 64 and 40"):
+        omnigen.OmniGenPipeline._check_size(pipeline, 64, 40)
+
+
+@pytest.mark.parametrize("change", [{"invert_sigmas": False}, {"num_train_timesteps": 1000}, {}])
+def test_a_scheduler_that_counts_from_data_is_refused_for_omnigen(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"invert_sigmas": True, "num_train_timesteps": 1, **change} if change else {}))
+    with pytest.raises(DataError, match="pretrained_model_name_or_path: the model's scheduler does not count time as"):
+        omnigen.build_pipeline(family_of("omnigen", str(tmp_path)), nn.Identity(), None)
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
