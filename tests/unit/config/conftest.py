@@ -86,6 +86,11 @@ class Workspace:
         path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2), encoding="utf-8")
         return path
 
+    def line(self, name: str, key: str) -> int:
+        """The line of a file in which a key stands first, by the text of it."""
+        lines = (self.root / name).read_text(encoding="utf-8").splitlines()
+        return next(number for number, line in enumerate(lines, 1) if line.lstrip().startswith(f'"{key}":'))
+
     def load(self, *arguments: str, check_files: bool = True) -> LoadedRun:
         with mock.patch("simpletuner.config.loading.get_spec", find_spec):
             return load_run(arguments, self.environment, self.root, check_files)

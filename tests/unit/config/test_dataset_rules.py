@@ -69,6 +69,8 @@ def test_keys_that_do_not_go_together(workspace: Workspace, changes: dict[str, A
     found = [problem for problem in problems if problem.key == f"images.{key}" and words in problem.render()]
     assert len(found) == 1, problems
     assert found[0].file == "config/multidatabackend.json"
+    if key in changes:
+        assert found[0].line == workspace.line("config/multidatabackend.json", key)
 
 
 @pytest.mark.parametrize(

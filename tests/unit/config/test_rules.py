@@ -146,8 +146,7 @@ def test_options_that_do_not_go_together(workspace: Workspace, changes: dict[str
     assert problem.key == key
     assert words in problem.render()
     if changes.get(key) is not None:
-        assert problem.file == "config/config.json"
-        assert problem.line is not None
+        assert (problem.file, problem.line) == ("config/config.json", workspace.line("config/config.json", key))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +180,8 @@ def test_dataset_keys_that_do_not_go_together(
     (problem,) = workspace.fails_written().problems
     assert problem.key == f"images.{key}"
     assert problem.file == "config/multidatabackend.json"
+    if key in changes:
+        assert problem.line == workspace.line("config/multidatabackend.json", key)
     assert words in problem.render()
 
 
