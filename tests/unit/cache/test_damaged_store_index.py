@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
 
 from simpletuner.cache.index import INDEX_NAME
-from simpletuner.cache.store import QUARANTINE, TensorStore
+from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
+from simpletuner.errors import DataError, Problem
 
 
 def entries(count: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -45,3 +48,29 @@ def test_bits_that_flip_in_the_index_cost_no_entry_and_give_none_of_another(tmp_
             assert store.verify() == []
         assert not (folder / QUARANTINE).exists()  # no shard was taken for damaged
         shutil.rmtree(folder)
+
+
+def test_an_index_that_another_program_holds_is_no_damage(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("simpletuner.cache.index._BUSY_SECONDS", 0.0)
+    with TensorStore(tmp_path) as store:
+        store.put_many(entries(2))
+        with contextlib.closing(sqlite3.connect(tmp_path / INDEX_NAME)) as holder:
+            holder.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(DataError) as caught:
+                store.note_complete("all", 2)
+        assert caught.value.problems == [
+            Problem(
+                "the index of the cache cannot be used: database is locked",
+                file=str(tmp_path / INDEX_NAME),
+                fix="free some disk space, or end the program that holds it; what was written stays",
+            )
+        ]
+        store.note_complete("all", 2)
+        assert (store.complete("all"), store.complete("others")) == (2, None)
+        [shard] = tmp_path.glob("shard-*")
+        size = shard.stat().st_size
+        assert store.stats() == StoreStats(2, 1, size)
+        assert store.shards_of(["key1"]) == {shard.name: {"key0", "key1"}}
+        assert store.shards_of(["none"]) == {}
+        shard.unlink()
+        assert (store.complete("all"), store.keys(), store.stats()) == (None, [], StoreStats(0, 0, 0))
