@@ -150,3 +150,14 @@ def test_tables_that_are_too_large_or_no_files_are_not_read(tmp_path: Path) -> N
         CaptionTable(tmp_path / "metadata.jsonl", tmp_path, "file_name", None, "things")
     with pytest.raises(DataError, match=r"line 2 has more than 10,000,000 characters"):
         table(tmp_path / "long.csv", b"file_name,text\na.png," + b"x" * 11_000_000)
+
+
+def test_blank_lines_are_no_rows_and_lines_are_counted_with_them(tmp_path: Path) -> None:
+    made = table(
+        tmp_path / "m.jsonl", '\n{"file_name": "a.png", "text": "A"}\n  \n{"file_name": "b.png", "text": "B"}\n'
+    )
+    assert made.take(["a.png", "b.png"]) == ["A", "B"]
+    with pytest.raises(DataError, match="line 4 is not JSON"):
+        table(tmp_path / "n.jsonl", '\n{"file_name": "a.png", "text": "A"}\n\nx')
+    made = table(tmp_path / "m.csv", 'file_name,text\n\na.png,A\n\nb.png,"B\nb"\n')
+    assert made.take(["a.png", "b.png"]) == ["A", "B\nb"]

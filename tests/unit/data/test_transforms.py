@@ -351,3 +351,18 @@ def test_another_exposure_behind_a_phone_s_image_is_no_frame_and_an_animation_ha
     assert transforms.image_facts(phone) == transforms.ImageFacts(4, 8, None)
     moving = encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
     assert transforms.image_facts(moving) == transforms.ImageFacts(4, 8, transforms.SEVERAL_FRAMES)
+
+
+def swapped_profile(name: str) -> bytes:
+    """sRGB's profile with the primaries of red and blue exchanged, under a name of four letters."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = data.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
+    table = 128 + 4  # after the header and the number of tags: 12 bytes each, their names first
+    head, body = data[: table + 12 * 40], data[table + 12 * 40 :]
+    return head.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ") + body
+
+
+def test_a_profile_of_other_primaries_moves_the_colors_and_one_called_srgb_is_taken_as_it_is() -> None:
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    assert np.allclose(one_color(encode(red, icc_profile=swapped_profile("xRGB"))), (0, 0, 255), atol=2)
+    assert one_color(encode(red, icc_profile=swapped_profile("sRGB"))) == (255, 0, 0)
