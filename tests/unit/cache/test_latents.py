@@ -74,6 +74,7 @@ def test_the_cache_holds_what_the_vae_says_unscaled(cache):
     images = ImageInput(3)
     report = cache.fill(images, tiny_vae, batch_size=1)
     assert (report.num_encoded, report.num_cached, report.unusable) == (3, 0, ())
+    assert 0 < report.seconds < 1e4
     with torch.no_grad():
         posterior = tiny_vae().encode(images.read_pixels(images.samples[1])[None]).latent_dist
     moments = cache.get(images.samples[1])

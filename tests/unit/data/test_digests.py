@@ -156,3 +156,11 @@ def test_a_digest_whose_row_was_changed_is_read_again(tmp_path, reads):
     with DigestMemo(tmp_path / "memo.sqlite") as memo:
         assert memo.digest(file) == hashlib.sha256(b"abc").hexdigest()
     assert reads == [str(file)] * 2
+
+
+def test_a_memory_that_is_closed_answers_no_more(tmp_path):
+    file = _old_file(tmp_path / "a", b"abc")
+    with DigestMemo(tmp_path / "memo.sqlite") as memo:
+        memo.digest(file)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        memo._database.execute("SELECT 1")

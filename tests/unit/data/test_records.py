@@ -68,6 +68,8 @@ def test_tables_of_every_kind_hold_rows(folder: Path, suffix: str) -> None:
         ("a.png", 1, ("add",)),
         ("c.png", 0, ("plain",)),
     ]
+    first = 2 if suffix in ("csv", "tsv") else 1  # behind the header
+    assert [(each.line, each.name) for each in found] == [(first, f"{first}-a"), (first + 1, f"{first + 1}-c")]
 
 
 def test_a_cell_of_a_csv_file_may_hold_a_list(folder: Path) -> None:
@@ -115,9 +117,11 @@ def test_rows_of_some_tasks_only(folder: Path) -> None:
 
 
 def test_a_plain_folder_pairs_by_name(folder: Path) -> None:
-    """The reference of b has another extension; c has two, d none."""
+    """The reference of b has another extension; c has two, d none. Folders of other names are none of references."""
     root = folder / "plain"
     for path in (
+        "reference_old/b.png",
+        "reference_/b.png",
         "target/b.png",
         "reference_1/b.jpg",
         "target/c.png",
@@ -127,6 +131,7 @@ def test_a_plain_folder_pairs_by_name(folder: Path) -> None:
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(root / path)
+    (root / "reference_3").write_text("no folder")
     for name in "bcd":
         (root / f"target/{name}.txt").write_text(f"make {name}\nor so\n")
     found = read(root, folder)

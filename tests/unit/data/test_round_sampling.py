@@ -122,9 +122,13 @@ def test_aspects_outside_of_the_limits_are_left_out_with_their_reason(folder: Pa
     dataset = build(folder, tmp_path, minimum_aspect_ratio=0.5, maximum_aspect_ratio=1.5)
     assert len(dataset.samples) == 12
     (reason,) = dataset.filter_report.skipped.counts
-    assert "minimum_aspect_ratio" in reason
+    limited = "its width / height is outside of minimum_aspect_ratio, maximum_aspect_ratio"
+    assert reason == f"{limited} (0.5 to 1.5)"
     assert dataset.filter_report.skipped.examples[reason] == ["tall.png", "wide.png"]
-    assert len(build(folder, tmp_path, maximum_aspect_ratio=1.4).samples) == 7  # six squares and the tall one
+    narrow = build(folder, tmp_path, maximum_aspect_ratio=1.4)
+    assert len(narrow.samples) == 7  # six squares and the tall one
+    assert narrow.filter_report.skipped.counts == {f"{limited} (0 to 1.4)": 7}
+    assert build(folder, tmp_path, minimum_aspect_ratio=1).filter_report.skipped.counts == {f"{limited} (1 to inf)": 1}
 
 
 def test_images_that_would_grow_too_much_are_left_out(folder: Path, tmp_path: Path) -> None:
@@ -134,7 +138,7 @@ def test_images_that_would_grow_too_much_are_left_out(folder: Path, tmp_path: Pa
     assert "small_54.png" in names(dataset)
     assert len(dataset.samples) == 13
     (reason,) = dataset.filter_report.skipped.counts
-    assert "max_upscale_threshold (0.2)" in reason
+    assert reason == "would grow by more than max_upscale_threshold (0.2)"
 
 
 def test_of_several_aspects_those_that_need_no_growth_are_chosen_from(folder: Path, tmp_path: Path) -> None:

@@ -317,6 +317,20 @@ def test_images_that_are_decoded_at_once_have_a_limit_together() -> None:
     assert pixels._taken == 0
 
 
+def test_images_that_fit_together_are_decoded_at_once() -> None:
+    pixels, entered = _Pixels(100), threading.Event()
+
+    def decode() -> None:
+        with pixels.of(40):
+            entered.set()
+
+    with pixels.of(60):
+        thread = threading.Thread(target=decode, daemon=True)
+        thread.start()
+        assert entered.wait(60)
+    thread.join()
+
+
 def test_16_bit_white_is_white_and_each_257_a_level() -> None:
     shades = [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (65535, 257, 128, 129)]
     assert [one_color(encode(each))[0] for each in shades] == [255, 1, 0, 1]

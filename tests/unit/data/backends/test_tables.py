@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from simpletuner.data.backends.base import Backend, UnusableFile
-from simpletuner.data.backends.containment import is_url, path_inside
+from simpletuner.data.backends.containment import Fence, _blobs_of, is_url, path_inside
 from simpletuner.data.backends.csv_table import CsvBackend
+from simpletuner.data.backends.local import LocalBackend
 from simpletuner.data.backends.parquet import ParquetBackend, ParquetTable
 from simpletuner.data.captions import VARIANT_SEPARATOR
 from simpletuner.data.index import Index
@@ -308,3 +310,36 @@ def test_a_folder_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
 def test_addresses_are_distinguished_from_paths() -> None:
     assert all(map(is_url, ("http://x/a.png", "HTTPS://x", "file:///etc/passwd", "s3://b/k", " ftp://x")))
     assert not any(map(is_url, ("a.png", "a/b.png", "http.png", "C:\\a.png", "a:b.png")))
+
+
+def test_of_a_snapshot_only_the_blobs_beside_it_are_its_own() -> None:
+    hub = b"/home/me/hub/datasets--owner--name"
+    assert _blobs_of(hub + b"/snapshots/abc/images") == [hub + b"/blobs"]
+    assert _blobs_of(hub + b"/snapshots") == [hub + b"/blobs"]
+    assert [_blobs_of(path) for path in (hub + b"/refs/abc", b"/data/snapshots/abc", b"snapshots/models--a")] == [
+        []
+    ] * 3
+    assert _blobs_of(b"/models--a/snapshots/x/datasets--b/snapshots/y") == [b"/models--a/snapshots/x/datasets--b/blobs"]
+
+
+def test_a_fence_lets_in_the_folder_itself_and_what_lies_in_it(tmp_path: Path) -> None:
+    for name in ("root", "root-2"):
+        (tmp_path / name).mkdir()
+    root = os.fsencode(tmp_path / "root")
+    (tmp_path / "root" / "again").symlink_to(".")
+    (tmp_path / "root" / "out").symlink_to("../root-2")
+    fence = Fence(root, follows_outside=False)
+    assert [fence.keeps_out(root + name) for name in (b"", b"/again", b"/a", b"/out", b"/..", b"-2")] == [
+        *(False, False, False, True, True, True)
+    ]
+    assert not Fence(root, follows_outside=True).keeps_out(b"/etc")
+
+
+def test_a_folder_that_is_reached_in_several_ways_is_entered_once_by_the_first_of_its_names(tmp_path: Path) -> None:
+    for name in ("b", "c"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+    (tmp_path / "root" / "a").symlink_to("b")
+    (tmp_path / "root" / "b" / "up").symlink_to("..")
+    (tmp_path / "root" / ".hidden").mkdir()
+    folders = [folder.path for folder in LocalBackend(tmp_path / "root").folders()]
+    assert folders == [b"", b"a", b"c"]
