@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
+import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from simpletuner.cache.index import INDEX_NAME
+from simpletuner.cache.shards import DamagedShard, Entry, TensorPlace, read_entries
 from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
 from simpletuner.errors import DataError, Problem
 
@@ -74,3 +77,65 @@ def test_an_index_that_another_program_holds_is_no_damage(tmp_path: Path, monkey
         assert store.shards_of(["none"]) == {}
         shard.unlink()
         assert (store.complete("all"), store.keys(), store.stats()) == (None, [], StoreStats(0, 0, 0))
+
+
+def shard_of(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    """A file with a header of safetensors, whatever that says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def header_of(offsets: list[int], **metadata: str) -> dict[str, object]:
+    ours = {"format": "simpletuner-cache", "version": "1", "digests": '{"k": "abc"}', **metadata}
+    return {"__metadata__": ours, "k/mean": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}
+
+
+def test_a_shard_is_read_from_its_header_alone(tmp_path: Path) -> None:
+    """Of a file that was cut short too: what is missing is found out when an entry is read."""
+    header = header_of([4, 12])
+    path = shard_of(tmp_path / "a", header)
+    start = 8 + len(json.dumps(header))
+    entry = Entry("abc", (TensorPlace("mean", "F32", (2,), start + 4, start + 12),))
+    assert read_entries(path) == {"k": entry}
+    assert entry.num_bytes == 8
+    assert Entry.from_json(entry.to_json()) == entry
+    assert entry.to_json() == f'["abc",[["mean","F32",[2],{start + 4},{start + 12}]]]'
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "reason"),
+    [
+        (header_of([0, 8]), 1, "is cut short or has a damaged header"),
+        (header_of([0, 8]), 9999, "is cut short or has a damaged header"),
+        (b"{", 1, "is cut short or has a damaged header"),
+        (b"{]", None, "has a damaged header: "),
+        ([1], None, "has a damaged header$"),
+        ({}, None, "has no header of this cache"),
+        ({"__metadata__": "x"}, None, "has no header of this cache"),
+        (header_of([0, 8], format="pt"), None, "has no header of this cache"),
+        (header_of([-1, 8]), None, "has a damaged header$"),
+        (header_of([8, 0]), None, "has a damaged header$"),
+        (header_of([0, 8], digests="{}"), None, "has a damaged header: it has no k"),
+        (header_of([0, 8], version="one"), None, "has a damaged header: invalid literal"),
+        (header_of([0, 8, 9]), None, "has a damaged header: too many values"),
+    ],
+)
+def test_a_header_that_is_none_of_a_shard_is_damaged(tmp_path: Path, header, length, reason: str) -> None:
+    path = shard_of(tmp_path / "a", header, bytes(8), length)
+    with pytest.raises(DamagedShard, match=f"^{re.escape(str(path))} {reason}"):
+        read_entries(path)
+
+
+def test_a_shard_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a", header_of([0, 8], version="2"), bytes(8))
+    with pytest.raises(DataError) as caught:
+        read_entries(path)
+    assert caught.value.problems == [
+        Problem(
+            "was written in cache format 2",
+            file=str(path),
+            allowed="formats up to 1",
+            fix="use a newer version of simpletuner, or another cache folder",
+        )
+    ]

@@ -17,7 +17,7 @@ from simpletuner.data.datasets import Dataset, UnusableData
 from simpletuner.data.report import FilterReport, Note, SkippedFiles
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.selection import _fits
-from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError
+from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError, Problem
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, tree_digest, write_image
 
@@ -190,8 +190,17 @@ def test_a_missing_folder_names_key_and_file(tmp_path: Path) -> None:
 
 def test_an_empty_folder_names_key_and_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"data\.json: things\.instance_data_dir: there are no images in"):
+    with pytest.raises(DataError) as caught:
         build(tmp_path / "empty", tmp_path)
+    assert caught.value.problems == [
+        Problem(
+            f"there are no images in {tmp_path / 'empty'}",
+            "things.instance_data_dir",
+            "data.json",
+            allowed="a place with images (png, jpg, webp, bmp, gif, tiff, avif, heic)",
+            fix="put images there, or correct the path",
+        )
+    ]
 
 
 def test_nothing_usable_lists_the_reasons(tmp_path: Path) -> None:
@@ -202,9 +211,10 @@ def test_nothing_usable_lists_the_reasons(tmp_path: Path) -> None:
     (root / "zero.png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         build(root, tmp_path)
-    assert "none of the 4 images" in str(caught.value)
-    assert "3 x not an image" in str(caught.value)
-    assert "1 x the file is empty" in str(caught.value)
+    [problem] = caught.value.problems
+    assert problem.message.startswith(f"none of the 4 images in {root} can be used: 3 x not an image")
+    assert problem.message.endswith(", 1 x the file is empty")
+    assert problem.fix == "replace the files, or change the setting that the reason names"
 
 
 def test_all_faulty_entries_are_reported_at_once(tmp_path: Path) -> None:

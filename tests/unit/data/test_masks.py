@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from simpletuner.batch import Crop
-from simpletuner.config.datasets import ConditioningDataset, ImageDataset
+from simpletuner.config.datasets import ConditioningDataset, ImageDataset, with_defaults
+from simpletuner.data import datasets
 from simpletuner.data.index import ImageRow
 from simpletuner.data.masks import average_down
 from simpletuner.data.pairing import _has_shape_of
@@ -357,3 +358,22 @@ def test_what_is_brighter_than_white_counts_as_white_beside_black(tmp_path: Path
     path = tmp_path / "mask.tiff"
     Image.fromarray(np.array([[100_000, 0]], np.int32)).save(path)
     assert load_mask(path.read_bytes(), Crop(1, 1, 0, 0, 1, 1)).item() == pytest.approx(0.5)
+
+
+def test_how_far_the_reading_has_come_is_reported_for_images_and_masks(folders, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("simpletuner.data.empty_masks._CHUNK", 3)
+    entries = [
+        ImageDataset(
+            id="things", instance_data_dir=folders[0], conditioning_data="masks", resolution=64, **ONE_CAPTION
+        ),
+        ConditioningDataset(id="masks", instance_data_dir=folders[1], conditioning_type="mask"),
+    ]
+    config = options()
+    whole = [with_defaults(entry, config) for entry in entries]
+    seen: list[tuple[str, int, int | None]] = []
+    for _ in range(2):  # the second time all of it is known
+        datasets.build_datasets(whole, config, OMNIGEN, tmp_path / "work", lambda *told: seen.append(told))
+        assert seen == [
+            *(("scanning things", 4, None), ("scanning masks", 4, None)),
+            *(("reading masks of things", 3, 4), ("reading masks of things", 4, 4)),
+        ]

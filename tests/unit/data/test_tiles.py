@@ -23,6 +23,12 @@ def test_images_are_taken_from_all_sizes_and_from_all_over_their_paths() -> None
     assert spread(dataset, 4) == [2, 5, 8, 0]
     assert spread(dataset, 1) == [2]
     assert spread(dataset, 99) == [*range(2, 12), 0, 1]
+    # 98 % of the images would take all three places: the rare sizes keep one each.
+    rare: Any = SimpleNamespace(
+        buckets={(64, 64): np.arange(100), (96, 64): np.array([100]), (64, 96): np.array([101])}
+    )
+    assert spread(rare, 3) == [0, 101, 100]
+    assert spread(rare, 4) == [0, 50, 101, 100]
 
 
 def sample(width: int, height: int, crop: Crop) -> Sample:

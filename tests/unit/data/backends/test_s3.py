@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -200,3 +201,23 @@ def test_without_s3fs_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingDependency, match="pip install s3fs"):
         S3Backend(Bucket("images"), "things")
+
+
+def test_a_page_of_a_listing_names_images_texts_and_folders_and_what_is_too_large() -> None:
+    """An ETag stands for the content, as a number of 63 bits; hidden names and other files are left out."""
+
+    def number(tag: bytes) -> int:
+        return int.from_bytes(hashlib.blake2b(tag, digest_size=8).digest(), "big") // 2
+
+    sizes = {"p/a.png": 5, "p/b.TXT": 1 << 29, "p/c.png": (1 << 29) + 1, "p/": 0, "p/.d.png": 5, "p/e.zip": 5}
+    contents = [{"Key": key, "Size": size, "ETag": f'"{key}"'} for key, size in sizes.items()]
+    page = {"Contents": contents, "CommonPrefixes": [{"Prefix": "p/sub/"}, {"Prefix": "p/.git/"}]}
+    assert list(module._page_files(page, "p/")) == [
+        (b"a.png", 5, 0, 0, number(b'"p/a.png"')),
+        (b"b.TXT", 1 << 29, 0, 0, number(b'"p/b.TXT"')),
+        (b"c.png", -3, 0, 0, number(b'"p/c.png"')),
+    ]
+    assert list(module._page_folders(page, "p/", b"x")) == [b"x/sub"]
+    assert list(module._page_folders(page, "p/", b"")) == [b"sub"]
+    assert (list(module._page_files({}, "p/")), list(module._page_folders({}, "p/", b""))) == ([], [])
+    assert [Bucket("b", prefix).url for prefix in ("", "a/b")] == ["s3://b", "s3://b/a/b"]

@@ -284,6 +284,8 @@ def test_a_table_in_another_encoding_is_an_error(folder: Path) -> None:
     (folder / "table.csv").write_bytes("file_name,caption\na.png,é\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"things\.csv_file"):
         CsvBackend(folder / "table.csv", folder, "file_name", "caption", "things")
+    with pytest.raises(DataError, match=r"^data\.json: things\.csv_file: .*/gone\.csv: cannot be read: .*No such file"):
+        CsvBackend(folder / "gone.csv", folder, "file_name", "caption", "things", "data.json")
 
 
 # ---- paths ---------------------------------------------------------------------------------------------------------
