@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.datasets import ImageDataset
+from simpletuner.data.backends.build import open_backend
 from simpletuner.data.buckets import BucketRules
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.captions import CaptionRules
 from simpletuner.data.dataset import RoundSampling, dataset_fingerprint
 from simpletuner.data.datasets import index_path
 from simpletuner.data.entry_rules import bucket_rules, caption_rules, check_entry, latents_folder
-from simpletuner.errors import Problem
+from simpletuner.errors import DataError, Problem
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import options
 
@@ -165,3 +166,24 @@ def test_what_is_no_folder_and_an_alignment_that_does_not_fit_are_named(tmp_path
             allowed="multiples of 16, as OmniGen needs",
         ),
     ]
+
+
+def test_a_backend_is_opened_with_all_that_its_entry_says(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    table = tmp_path / "rows.csv"
+    table.write_text("file,words,others\na.png,A,B\n")
+    keys = {"type": "csv", "csv_file": table, "instance_data_dir": tmp_path / "images", "filename_column": "file"}
+    entry = ImageDataset(id="things", caption_strategy="csv", csv_caption_column="others", **keys)
+    for strategy, captions in (("csv", {b"a.png.txt": b"B"}), ("filename", {})):
+        made = open_backend(entry.model_copy(update={"caption_strategy": strategy}), "data.json")
+        assert made._captions == captions
+    assert made.location == str(tmp_path / "images")
+    prompt = open_backend(entry.model_copy(update={"only_instance_prompt": True}), "data.json")
+    assert prompt._captions == {}
+    beside = open_backend(entry.model_copy(update={"instance_data_dir": None, "follow_outside_links": True}), None)
+    assert beside.location == str(tmp_path)
+    assert " with links that lead out " in beside.identity
+    with pytest.raises(DataError, match=r"^data\.json: things\.filename_column: "):
+        open_backend(entry.model_copy(update={"filename_column": "gone"}), "data.json")
+    local = open_backend(ImageDataset(id="a", instance_data_dir=tmp_path, follow_outside_links=True), None)
+    assert (local.location, local.identity) == (str(tmp_path), f"{tmp_path} with links that lead out")

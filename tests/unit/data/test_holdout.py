@@ -118,3 +118,9 @@ def test_the_report_counts_what_an_epoch_still_shows(root: Path, tmp_path: Path)
     assert (report.bucketed, report.held_out) == (trained.num_images, 40 - trained.num_images)
     assert report.per_epoch == trained.num_images
     assert (held.filter_report.bucketed, held.filter_report.per_epoch) == (40 - trained.num_images, 0)
+    assert (report.dataset_id, held.filter_report.dataset_id) == ("things", "things.holdout")
+    assert (report.buckets, held.filter_report.buckets) == (
+        {(64, 64): trained.num_images},
+        {(64, 64): 40 - trained.num_images},
+    )
+    assert held.filter_report.held_out == 0

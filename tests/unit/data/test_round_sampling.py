@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from simpletuner.data.buckets import BucketRules, choose_aspect
 from simpletuner.data.caption_edits import CaptionEdits
 from simpletuner.data.datasets import Dataset
 from simpletuner.data.holdout import place_of
+from simpletuner.data.index import ImageRow
 from simpletuner.data.kept import KeptSamples
+from simpletuner.data.report import SkippedFiles
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
+from simpletuner.data.selection import select_sizes, select_subset
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.randomness import keyed_seed, keyed_uniform
@@ -423,3 +427,23 @@ def test_a_shuffle_is_that_of_numpy_for_the_seed_the_caption_and_the_number_of_t
         chances = np.random.Generator(np.random.PCG64(keyed_seed(4, "dropped tags", caption, number))).random(9)
         expected.append(". ".join(tags[index] for index in order if chances[index] >= 0.4))
     assert list(found) == expected
+
+
+def test_of_a_thousand_images_those_of_the_lowest_numbers_are_the_subset_and_each_has_its_own_aspect() -> None:
+    """Asked for in parts of 512, with rows that stand for an index."""
+    count = 1100
+    rows = {10 * place: ImageRow(f"{place}.png", f"digest {place}", 64, 64) for place in range(count)}
+    index = SimpleNamespace(images=lambda ids: [rows[key] for key in ids])
+    catalog = SimpleNamespace(ids=np.arange(count) * 10, heights=np.full(count, 64), widths=np.full(count, 64))
+    positions = np.arange(0, count, 2)
+    ranks = {place: keyed_seed(7, "things", "subset", f"digest {place}") for place in positions.tolist()}
+    expected = sorted(sorted(ranks, key=ranks.__getitem__)[:30])
+    assert select_subset("things", 7, 30, catalog, positions, index).tolist() == expected
+    assert select_subset("things", 7, None, catalog, positions, index) is positions
+    assert select_subset("things", 7, len(positions), catalog, positions, index) is positions
+    rules = BucketRules(64, "pixel", crop_aspect="random", aspect_buckets=((0.5, 1.0), (2.0, 1.0)))
+    found = select_sizes("things", 7, catalog, positions, rules, OMNIGEN, index, SkippedFiles())
+    wide = [keyed_uniform(7, "things", f"digest {place}", "aspect") >= 0.5 for place in positions.tolist()]
+    assert found.positions.tolist() == positions.tolist()
+    assert found.widths.tolist() == [128 if each else 64 for each in wide]
+    assert found.heights.tolist() == [64 if each else 128 for each in wide]
