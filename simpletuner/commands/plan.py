@@ -248,7 +248,8 @@ def earlier_notes(output_dir: Path) -> list[str]:
     count, num_bytes = earlier_size(output_dir)
     if not count:
         return []
-    return [f"{count_text(count, 'earlier run')} take {bytes_text(num_bytes)}; to delete: {delete_command(output_dir)}"]
+    runs = count_text(count, "earlier run")
+    return [f"{bytes_text(num_bytes)} of {runs} in {output_dir}; to delete: {delete_command(output_dir)}"]
 
 
 def count_loads(training: Sequence[Dataset], sampler: Sampler) -> Counter[Load]:

@@ -2,9 +2,9 @@
 
 The same few steps are trained twice from a copy of the output folder, with all processes, evaluations and images of the
 run: once undisturbed, once killed (SIGKILL) at several points of a step and of what follows a step (the save, the
-rotation, the evaluation, the images), and started again each time. Then every tensor, image, loss and evaluation is
-compared. Where they differ, a second undisturbed run shows whether this machine gives equal results at all: some
-kernels of accelerators do not.
+evaluation, the images), and started again each time. Then every tensor, image, loss and evaluation is compared. Where
+they differ, a second undisturbed run shows whether this machine gives equal results at all: some kernels of
+accelerators do not.
 """
 
 from __future__ import annotations

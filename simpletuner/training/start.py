@@ -23,6 +23,9 @@ from simpletuner.training.run import Run
 from simpletuner.training.run_files import BEST, final_step, read_data_reports, step_of
 from simpletuner.training.run_history import RunHistory, find_run_history
 
+# A name or a path means that checkpoint, at each start.
+LATER = "to continue it at the next start, set resume_from_checkpoint to latest"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -94,11 +97,12 @@ def _plan_here(loaded: LoadedRun, output_dir: Path) -> Start:
     # A checkpoint may be a link to another disk: the folder of the link counts.
     is_own = path.parent.resolve() == output_dir.resolve() and checkpoints.owns(path)
     if not is_own:
-        text = f"starts from the checkpoint of another run: {path}"
+        text = f"starts from the checkpoint of another run: {path}; {LATER}"
         return Start(RunHistory.new(step), path, False, True, (*notices, *chosen, text), reports)
     goes_back = _has_later(checkpoints, step)
     if goes_back:
-        found = [*found, f"goes back to {path.name}: a new branch of run {history.run_id} begins after step {step}"]
+        text = f"goes back to {path.name}: a new branch of run {history.run_id} begins after step {step}; {LATER}"
+        found = [*found, text]
         history = history.branched(step)
     return Start(history, path, True, goes_back, (*notices, *chosen, *found), reports)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,11 @@ def named_checkpoint_exists(draft: Draft) -> Iterator[Problem]:
     if not any(exists(place) and place.is_dir() for place in places):
         message = f'"{name}": there is no checkpoint of this name'
         allowed = f"latest, none, or a folder at {' or '.join(str(place) for place in places)}"
-        yield draft.problem(message, "resume_from_checkpoint", allowed)
+        # A start from it, or a fresh one, may have moved it there.
+        moved = draft.config.checkpoint.output_dir.glob(f"earlier-runs/*/{glob.escape(Path(name).name)}")
+        newest = max(moved, key=lambda place: place.parent.stat().st_mtime, default=None)
+        fix = f'it was moved: name "{newest}", or "latest" for the run that is in output_dir now' if newest else None
+        yield draft.problem(message, "resume_from_checkpoint", allowed, fix)
 
 
 def adapter_to_start_from_exists(draft: Draft) -> Iterator[Problem]:

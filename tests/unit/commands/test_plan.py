@@ -95,7 +95,12 @@ def test_a_checkpoint_is_as_large_as_planned(folder):
 
 
 def test_the_start_asks_for_no_room_that_the_plan_does_not_count(folder, monkeypatch):
+    """What earlier runs take is counted beside it, with the command that deletes it."""
+    output = Path(load_here(folder).config.checkpoint.output_dir)
+    (output / "earlier-runs/1-ab").mkdir(parents=True)
+    (output / "earlier-runs/1-ab/weights").write_bytes(bytes(3000))
     found = planning.make_plan(load_here(folder), probe=False)
+    assert f"2.9 KiB of 1 earlier run in {output}; to delete: rm -r {output}/earlier-runs" in found.notes
     asked = []
     monkeypatch.setattr(
         "simpletuner.training.disk_space.require_free_space", lambda path, size, what: asked.append(size)

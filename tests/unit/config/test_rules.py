@@ -220,6 +220,16 @@ def test_a_named_checkpoint_may_be_a_name_or_a_path(workspace: Workspace) -> Non
     assert not workspace.load("--resume_from_checkpoint=none").config.checkpoint.resumes
 
 
+def test_a_named_checkpoint_that_was_moved_is_named_where_it_is_now(workspace: Workspace) -> None:
+    """As after a start from another run's checkpoint in the same folder, which died before it saved."""
+    moved = workspace.root / "output/run/earlier-runs/2-ab/checkpoint-7"
+    moved.mkdir(parents=True)
+    (problem,) = workspace.fails_written("--resume_from_checkpoint=checkpoint-7").problems
+    assert f'it was moved: name "{moved}", or "latest"' in (problem.fix or "")
+    (problem,) = workspace.fails_written("--resume_from_checkpoint=checkpoint-*").problems
+    assert problem.fix is None
+
+
 def test_notices_are_said_once_and_stop_nothing(workspace: Workspace) -> None:
     workspace.config |= {"eval_steps_interval": 5, "lr_warmup_steps": 400000, "caption_dropout_probability": 0}
     del workspace.config["validation_prompt"]

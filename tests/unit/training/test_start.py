@@ -12,7 +12,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.training.checkpoint import load_checkpoint
 from simpletuner.training.earlier_runs import write_run_history
 from simpletuner.training.loop import run_training
-from simpletuner.training.start import Start, begin_in_folder, plan_start
+from simpletuner.training.start import LATER, Start, begin_in_folder, plan_start
 from tests.toy import load_toy, toy_run
 
 ONE = {"a": (1.0, 3.0)}
@@ -48,7 +48,7 @@ def test_going_back_begins_a_branch_and_says_so(tmp_path, trained):
     assert (start.step, start.is_own, start.moves) == (2, True, True)
     assert start.history.run_id == run_id
     assert not start.history.owns(trained.session.checkpoints.history.mark, 3)
-    assert start.notices[-1] == f"goes back to checkpoint-2: a new branch of run {run_id} begins after step 2"
+    assert start.notices[-1] == f"goes back to checkpoint-2: a new branch of run {run_id} begins after step 2; {LATER}"
 
 
 def test_the_checkpoint_of_another_folder_begins_a_run_of_its_own_at_its_step(tmp_path, trained):
@@ -56,7 +56,7 @@ def test_the_checkpoint_of_another_folder_begins_a_run_of_its_own_at_its_step(tm
     other.mkdir()
     start = planned(tmp_path, str(path), other)
     assert (start.resume_from, start.step, start.is_own, start.moves) == (path, 2, False, True)
-    assert start.notices == (f"starts from the checkpoint of another run: {path}",)
+    assert start.notices == (f"starts from the checkpoint of another run: {path}; {LATER}",)
     assert start.history.run_id != trained.session.checkpoints.history.run_id
     assert [branch.after_step for branch in start.history.branches] == [2]
     assert planned(tmp_path, "latest", other).step == 0
