@@ -9,8 +9,8 @@ is JSON; the exit code is 1 when `cache build` is below `--goal` of the bare rat
 `thread_share` is the same ratio in CPU time of the thread that encodes: what the rate comes to where the threads
 that read and write have a core of their own, which a busy machine does not show in seconds. `process_share` is that of
 all threads: what it comes to where they share one core. `decoding` is the CPU time of decoding each file once
-and making a tensor of it, over that of the VAE: `cache build` decodes twice, to check a dataset before anything is
-encoded and to encode it, so that `process_share` cannot be above 1 / (1 + 2 decoding), whatever the rest costs.
+and making a tensor of it, over that of the VAE: `process_share` cannot be above 1 / (1 + decoding), whatever the rest
+costs. The scan before it compares the checksums of these files and decodes none of them.
 
     python benchmarks/caching.py
 """

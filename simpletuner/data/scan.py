@@ -273,9 +273,11 @@ def look_at(backend: Backend, file: FileState, decodes: bool = True) -> Finding:
     """
     if file.size < 0:
         return Finding(file, BROKEN, NOT_READ[file.size])
-    if file.suffix in UNREAD_SUFFIXES:
-        return Finding(file, BROKEN, UNREAD_SUFFIXES[file.suffix])
-    if file.is_text and file.size > MAX_CAPTION_BYTES:
+    suffix = file.suffix
+    if suffix in UNREAD_SUFFIXES:
+        return Finding(file, BROKEN, UNREAD_SUFFIXES[suffix])
+    is_text = suffix in CAPTION_SUFFIXES
+    if is_text and file.size > MAX_CAPTION_BYTES:
         return Finding(file, BROKEN, f"larger than {bytes_text(MAX_CAPTION_BYTES)}")
     try:
         data = backend.read(file.path)
@@ -284,7 +286,7 @@ def look_at(backend: Backend, file: FileState, decodes: bool = True) -> Finding:
     except OSError as error:
         return Finding(file, UNREADABLE, f"cannot be read: {error.strerror or error}")
     digest = hashlib.sha256(data).digest()
-    if file.is_text:
+    if is_text:
         try:
             text, note = decode_caption(data)
         except NotText as error:

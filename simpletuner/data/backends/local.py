@@ -85,7 +85,9 @@ class LocalBackend:
         with os.scandir(os.fsdecode(self._absolute(folder))) as entries:
             for entry in entries:
                 if is_wanted(entry.name) and not _is_folder(entry):
-                    yield FileStat(os.fsencode(entry.name), *self.numbers(join(folder, os.fsencode(entry.name))))
+                    name = os.fsencode(entry.name)
+                    numbers = self.numbers(join(folder, name)) if entry.is_symlink() else file_numbers(entry)
+                    yield FileStat(name, *numbers)
 
     def read(self, path: bytes) -> bytes:
         return _retried(self._read_once, path)
@@ -183,7 +185,7 @@ def is_wanted(name: str) -> bool:
     return (suffix in _SUFFIXES or suffix.lower() in _SUFFIXES) and name[0] != "."
 
 
-def file_numbers(entry: Path) -> tuple[int, int, int, int]:
+def file_numbers(entry: Path | os.DirEntry[str]) -> tuple[int, int, int, int]:
     """Size, mtime_ns, ctime_ns and inode, as in `FileStat`."""
     try:
         status = entry.stat()
