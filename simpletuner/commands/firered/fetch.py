@@ -28,7 +28,10 @@ _CHUNK = 2**16
 
 
 class FetchError(Exception):
-    """Why an image cannot be fetched."""
+    """Why an image cannot be fetched; a login in its address is not shown."""
+
+    def __init__(self, reason: str):
+        super().__init__(without_login(reason))
 
 
 def is_url(text: str) -> bool:
@@ -48,13 +51,13 @@ def fetch(url: str, path: Path) -> None:
         try:
             data, moved_to = _get(url, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise FetchError(without_login(f"{url}: {str(error) or type(error).__name__}")) from error
+            raise FetchError(f"{url}: {str(error) or type(error).__name__}") from error
         if moved_to is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_bytes(path, data)
             return
         url = urljoin(url, moved_to)
-    raise FetchError(f"{without_login(url)}: it redirects more than {MAX_REDIRECTS} times")
+    raise FetchError(f"{url}: it redirects more than {MAX_REDIRECTS} times")
 
 
 def _get(url: str, deadline: float) -> tuple[bytes, str | None]:

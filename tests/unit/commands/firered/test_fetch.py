@@ -119,3 +119,9 @@ def test_redirections_end(server, tmp_path: Path) -> None:
     server.where = address(server, "/moved")
     with pytest.raises(FetchError, match="redirects more than 3 times"):
         fetch(address(server, "/moved"), tmp_path / "a.png")
+
+
+def test_a_login_in_an_address_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match=r"ftp://example\.org/a\.png: it is not") as caught:
+        fetch("ftp://me:secret@example.org/a.png", tmp_path / "a.png")
+    assert "secret" not in str(caught.value)
