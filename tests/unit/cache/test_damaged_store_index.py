@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner import tempnames
 from simpletuner.cache.index import INDEX_NAME
 from simpletuner.cache.shards import DamagedShard, Entry, TensorPlace, read_entries
 from simpletuner.cache.store import QUARANTINE, StoreStats, TensorStore
@@ -139,3 +141,11 @@ def test_a_shard_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
             fix="use a newer version of simpletuner, or another cache folder",
         )
     ]
+
+
+def test_a_store_clears_up_after_a_writer_that_died(tmp_path: Path) -> None:
+    half = tmp_path / f".tmp-{tempnames.host_digest()}-{os.getpid()}-1-01234567"
+    half.write_bytes(b"half a shard")
+    with TensorStore(tmp_path) as store:
+        assert not half.exists()
+        assert store.keys() == []

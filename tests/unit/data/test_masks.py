@@ -19,7 +19,7 @@ from simpletuner.data.index import ImageRow
 from simpletuner.data.masks import average_down
 from simpletuner.data.pairing import _has_shape_of
 from simpletuner.data.transforms import UnusableImage, load_mask
-from simpletuner.errors import DataError
+from simpletuner.errors import DataError, Problem
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options
 
@@ -189,8 +189,15 @@ def test_a_mask_of_another_shape_is_no_mask(folders, tmp_path: Path) -> None:
 def test_a_changed_mask_changes_the_fingerprint_and_is_not_read_as_the_old_one(folders, tmp_path: Path) -> None:
     before = build(folders, tmp_path)
     save(folders[1] / "sub/a_0.png", gray_noise(64, 64, 77))
-    with pytest.raises(DataError, match=r"a_0\.png .*changed since the run began"):
+    with pytest.raises(DataError) as caught:
         before.masks.pixels(0, before.samples[0])
+    assert caught.value.problems == [
+        Problem(
+            f"the mask sub/a_0.png in {folders[1]} cannot be used: changed since the run began",
+            "masks.instance_data_dir",
+            fix="start the run again: the folder is scanned again, and training continues from the last checkpoint",
+        )
+    ]
     assert build(folders, tmp_path).fingerprint != before.fingerprint
     assert build(folders, tmp_path, "segmentation").fingerprint != build(folders, tmp_path).fingerprint
 
@@ -344,6 +351,12 @@ def test_ten_of_ten_empty_masks_are_all_of_them(tmp_path: Path) -> None:
     [warning] = build((tmp_path / "images", tmp_path / "masks"), tmp_path).filter_report.warnings
     assert warning.startswith("things: 10 of 11 images")
     assert warning.endswith("08.png, 09.png")
+    for number in (11, 12):
+        save(tmp_path / f"images/{number}.png", np.stack([gray_noise(64, 64, number)] * 3, axis=-1))
+        save(tmp_path / f"masks/{number}.png", np.zeros((64, 64), np.uint8))
+    [warning] = build((tmp_path / "images", tmp_path / "masks"), tmp_path).filter_report.warnings
+    assert warning.startswith("things: 12 of 13 images have a mask that leaves nothing inside the crop and are not")
+    assert warning.endswith(" trained on: " + ", ".join(f"{number:02d}.png" for number in range(10)) + ", ...")
 
 
 @pytest.mark.parametrize(("value", "weight"), [(65535, 1.0), (32768, 32768 / 65535), (100_000, 1.0)])

@@ -161,8 +161,11 @@ def test_a_plain_folder_may_have_one_folder_for_each_sample(folder: Path) -> Non
 
 def test_tables_in_a_folder_and_lists_of_rows_are_read(folder: Path) -> None:
     write_rows(folder / "rows" / "deep" / "1.jsonl", OWN)
-    (folder / "rows" / "2.json").write_text(json.dumps([OWN, OMNIGEN2]))
-    assert [each.file.name for each in read(folder / "rows", folder)] == ["2.json", "2.json", "1.jsonl"]
+    (folder / "rows" / "2.JSON").write_text(json.dumps([OWN, OMNIGEN2]))
+    (folder / "rows" / "3.json").write_text(json.dumps(OWN))
+    (folder / "rows" / "notes.txt").write_text("no table")
+    names = [each.file.name for each in read(folder / "rows", folder)]
+    assert names == ["2.JSON", "2.JSON", "3.json", "1.jsonl"]
 
 
 def test_paths_are_looked_for_in_the_root_then_beside_the_file(folder: Path) -> None:
