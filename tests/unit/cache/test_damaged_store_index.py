@@ -108,11 +108,11 @@ def test_a_shard_is_read_from_its_header_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "length", "reason"),
     [
-        (header_of([0, 8]), 1, "is cut short or has a damaged header"),
-        (header_of([0, 8]), 9999, "is cut short or has a damaged header"),
-        (b"{", 1, "is cut short or has a damaged header"),
+        (header_of([0, 8]), 1, "has a damaged header: it does not hold the header whose length it gives"),
+        (header_of([0, 8]), 9999, "has a damaged header: it does not hold the header whose length it gives"),
+        (b"{", 1, "has a damaged header: it does not hold the header whose length it gives"),
         (b"{]", None, "has a damaged header: "),
-        ([1], None, "has a damaged header$"),
+        ([1], None, "has a damaged header: its header is not a JSON object"),
         ({}, None, "has no header of this cache"),
         ({"__metadata__": "x"}, None, "has no header of this cache"),
         (header_of([0, 8], format="pt"), None, "has no header of this cache"),
