@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simpletuner.training.lock import LOCK_FILE, lock_changes
 from tests.runs import dataset, metrics, train_here, write_images, write_run
@@ -20,12 +21,17 @@ def folder(omnigen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         write_images(folder / name, 2, seed)
     data = [dataset("images")] + [dataset(name, dataset_type="eval") for name in ("first", "second")]
     write_run(folder, omnigen_folder, data, max_train_steps=1, eval_steps_interval=1, eval_dataset_pooling=True)
-    train_here(folder)
+    train_here(folder, draws_curve=True)
     return folder
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_leaves_its_loss_curve(folder: Path):
+    with Image.open(folder / "output" / "loss.png") as curve:
+        assert curve.width > curve.height
 
 
 def test_the_lock_names_versions_files_data_and_weights(folder: Path, omnigen_folder: Path):

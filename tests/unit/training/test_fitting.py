@@ -25,7 +25,7 @@ from simpletuner.training import memory as process_memory
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.planning import settings as planning
-from simpletuner.training.planning.memory import may_keep_least
+from simpletuner.training.planning.memory import Shapes, may_keep_least, read_shapes
 from simpletuner.training.planning.settings import (
     Choice,
     Cost,
@@ -45,6 +45,7 @@ from tests.tiny_z_image import tiny_z_image_folder
 from tests.toy import Recorder
 
 LARGE = 10**12
+MEASURED: dict[str, Shapes] = {}
 LORA = {"lora_type": "standard", "lycoris_config": None, "lora_rank": 4}
 
 
@@ -62,6 +63,19 @@ def write(folder: Path, model: Path, written: dict[str, Any] | None = None, **op
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_omnigen_folder(tmp_path_factory.mktemp("wide") / "model", hidden_size=128, num_layers=6)
+
+
+@pytest.fixture(autouse=True)
+def _measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a configuration keeps is the same in all tests, and takes half a second to measure."""
+
+    def measured(loaded: LoadedRun, *given: Any) -> Shapes:
+        key = str(loaded.config).replace(str(tmp_path), "")
+        if key not in MEASURED:
+            MEASURED[key] = read_shapes(loaded, *given)
+        return MEASURED[key]
+
+    monkeypatch.setattr(planning, "read_shapes", measured)
 
 
 def choose(loaded: LoadedRun, device: int, main: int | None = None) -> Choice:

@@ -208,13 +208,12 @@ def test_what_the_hub_does_not_have_is_named(hub: FakeHub, tmp_path: Path) -> No
     assert "a.split" in ask(hub, tmp_path, split="night")[1]
 
 
-@pytest.mark.slow
 def test_a_card_that_blows_up_is_refused() -> None:
     lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
     with pytest.raises(ValueError, match="refers back to itself"):
         card_configs("---\n" + "\n".join(lines) + "\n---\n")
     with pytest.raises(ValueError, match="nested too deeply"):
-        card_configs("---\na: " + "[" * 20_000 + "]" * 20_000 + "\n---\n")
+        card_configs("---\na: " + "[" * 500 + "]" * 500 + "\n---\n")
 
 
 @pytest.mark.parametrize(
