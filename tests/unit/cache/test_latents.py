@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from simpletuner.cache import encoding
 from simpletuner.cache import latents as latents_module
 from simpletuner.cache.fingerprints import vae_fingerprint
 from simpletuner.cache.latents import LatentCache, OnDemandLatents
-from simpletuner.cache.store import DamagedEntry, TensorStore
+from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
 from simpletuner.data.digests import DigestMemo
 from simpletuner.data.transforms import UnusableImage
 from simpletuner.errors import DataError, Interrupted
@@ -319,37 +318,41 @@ def test_what_on_demand_has_not_written_yet_is_not_encoded_twice(cache):
 
 # ---- kill -9 and company -------------------------------------------------------------------------------------------
 
-FILL_PROGRAM = """
-import sys, time
-from simpletuner.cache import latents, store
-from tests.unit.cache.test_latents import LatentCache, ImageInput, TensorStore, make_family, tiny_vae
-folder, mode = sys.argv[1:]
-class Eager(store.StoreWriter):
-    def __init__(self, tensors, **options):
+
+class Eager(StoreWriter):
+    """Commits every four entries."""
+
+    def __init__(self, tensors: TensorStore, **options: object):
         super().__init__(tensors, max_entries=4)
-latents.StoreWriter = Eager
-def report(done, total):
-    print(done, flush=True)
-    if mode == "stays" and done >= 14:
-        time.sleep(600)
-with TensorStore(folder) as tensors:
-    LatentCache(tensors, make_family(), "fingerprint").fill(ImageInput(24), tiny_vae, 2, report)
-"""
 
 
-def _start_filling(folder: Path, mode: str) -> subprocess.Popen:
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FILL_PROGRAM, str(folder), mode]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
+def _start_filling(folder: Path, stays: bool = False) -> tuple[ForkProcess, Connection]:
+    """Fill a cache with 24 images in a fork; it sends how many are done, and may stay with the fourteenth."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+
+    def report(done: int, total: int) -> None:
+        sending.send(done)
+        if stays and done >= 14:
+            time.sleep(600)
+
+    def fill() -> None:
+        latents_module.StoreWriter = Eager  # type: ignore[misc]
+        with TensorStore(folder) as tensors:
+            LatentCache(tensors, make_family(), "fingerprint").fill(ImageInput(24), tiny_vae, 2, report)
+
+    filling = context.Process(target=fill)
+    filling.start()
+    sending.close()
+    return filling, receiving
 
 
-@pytest.mark.slow
 def test_kill_9_while_filling_loses_nothing_that_was_written(cache):
-    with _start_filling(cache.store.folder, "stays") as filling:
-        while int(filling.stdout.readline()) < 14:
-            pass
-        filling.send_signal(signal.SIGKILL)
+    filling, reports = _start_filling(cache.store.folder, stays=True)
+    while reports.recv() < 14:
+        pass
+    filling.kill()
+    filling.join()
     images = ImageInput(24)
     there = 24 - len(cache.store.missing(map(cache.key, images.samples)))
     assert 4 <= there < 24
@@ -361,12 +364,11 @@ def test_kill_9_while_filling_loses_nothing_that_was_written(cache):
         assert not list(cache.store.folder.glob(".tmp-*"))
 
 
-@pytest.mark.slow
 def test_two_processes_fill_one_cache_at_once(cache, tmp_path):
-    both = [_start_filling(cache.store.folder, "fast") for _ in range(2)]
-    for each in both:
-        each.communicate(timeout=300)
-        assert each.returncode == 0
+    both = [_start_filling(cache.store.folder) for _ in range(2)]
+    for each, _ in both:
+        each.join()
+        assert each.exitcode == 0
     assert cache.fill(ImageInput(24), no_vae, batch_size=2).num_cached == 24
     assert cache.store.verify() == []
     alone = LatentCache(TensorStore(tmp_path / "alone"), make_family(), "fingerprint")
