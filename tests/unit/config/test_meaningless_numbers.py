@@ -30,10 +30,10 @@ def faults(workspace, key: str) -> str:
 
 
 @pytest.mark.parametrize("info", NUMERIC, ids=lambda info: info.name)
-@pytest.mark.parametrize("value", ["inf", "nan", "1e400", 1e31])
-def test_no_option_takes_a_number_without_meaning(workspace, info: OptionInfo, value) -> None:
-    workspace.config[info.name] = value
-    faults(workspace, info.name)
+def test_no_option_takes_a_number_without_meaning(workspace, info: OptionInfo) -> None:
+    for value in ("inf", "nan", "1e400", 1e31):
+        workspace.config[info.name] = value
+        faults(workspace, info.name)
 
 
 @pytest.mark.parametrize("info", WHOLE, ids=lambda info: info.name)
@@ -54,7 +54,7 @@ def test_no_key_of_a_dataset_takes_one(workspace, name: str) -> None:
         ("eps=inf", "eps must be a finite number"),
         ("weight_decay=inf", "weight_decay must be a finite number"),
         ("betas=nan", "betas must be a finite number"),
-        ('{"betas": [0.9, 1e999]}', "betas must be a finite number"),
+        ('{"betas": [0.9, 1e999]}', "optimizer_config: .*1e999 is not a finite number"),
         ("eps=1e35", "eps must be 0, or between 1e-30 and 1e\\+30"),
         ("eps=1e6", "cannot be eps of adamw"),
         ("weight_decay=1e9", "cannot be weight_decay of adamw"),
