@@ -335,7 +335,10 @@ def remove_dir(path: str | Path) -> None:
         _step("rename")
         path.rename(trash)
         _step("rmtree")
-        trash.unlink() if trash.is_symlink() else shutil.rmtree(trash)  # what a link leads to is not ours to delete
+        if trash.is_symlink():  # what it leads to is not ours to delete
+            trash.unlink()
+        else:
+            shutil.rmtree(trash)
         _fsync_dir(path.parent)
 
 

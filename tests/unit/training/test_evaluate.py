@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
-from simpletuner.training.evaluate import keeps_best, recorded_losses, reference_result, restore_best
+from simpletuner.training.evaluate import (
+    evaluate_anew,
+    is_comparable,
+    keeps_best,
+    recorded_losses,
+    reference_result,
+    restore_best,
+)
 from simpletuner.training.evaluation import EvalResult
 from simpletuner.training.loop import run_training
 from tests.toy import toy_run
@@ -182,3 +189,28 @@ def test_no_best_checkpoint_is_restored_where_none_is_kept(tmp_path):
     run.progress.eval_losses = {2: 0.25}
     restore_best(run)
     assert best_of(run) is None
+
+
+def test_losses_and_the_best_of_other_eval_images_do_not_count(tmp_path):
+    options = {"checkpoint_step_interval": 1, "eval_steps_interval": 1, "max_train_steps": 2}
+    run, recorder = toy_run(tmp_path, ONE, losses=[9, 3, 4], **options)
+    run_training(run)
+    output, newest = tmp_path / "output", tmp_path / "output/checkpoint-2"
+    assert is_comparable(run, newest)
+    run.evaluator.identity = {"datasets": ["others"]}
+    assert not is_comparable(run, newest)
+    assert not is_comparable(run, output / "checkpoint-best")
+    run.progress.eval_losses = {}
+    restore_best(run)
+    assert run.progress.eval_losses == {}
+    evaluate_anew(run, output / "checkpoint-best")
+    assert best_of(run) == (1, 3)  # the run has resumed from it
+    evaluate_anew(run, newest)
+    assert best_of(run) is None
+    assert [path.parent.name for path in output.glob("earlier-runs/*/checkpoint-best/toy.safetensors")] == [
+        "checkpoint-best"
+    ]
+    assert json.loads((output / "eval_losses.json").read_text())["losses"] == {}
+    assert "start anew; the best of before is now in " in texts(recorder)[-1]
+    run.evaluator = None
+    assert is_comparable(run, newest)
