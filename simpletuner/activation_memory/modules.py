@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from simpletuner.activation_memory.convolutions import frozen_conv2d
 from simpletuner.activation_memory.norms import rms_norm
 from simpletuner.activation_memory.recompute import is_worth_it
+from simpletuner.activation_memory.rotation import rotate_as_one_product
 from simpletuner.activation_memory.tracing import Trace
 
 ActivationMemory: TypeAlias = Literal["high", "low", "lowest"]
@@ -40,6 +41,7 @@ def reduce_activation_memory(model: nn.Module, block_classes: Sequence[str]) -> 
         if is_block or type(module) in forwards:
             setattr(module, _OWN_FORWARD, MethodType(type(module).forward, module))
             module.forward = MethodType(_traced if is_block else forwards[type(module)], module)
+        rotate_as_one_product(module)
     return model
 
 

@@ -65,6 +65,11 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 at least: what norms and rotations compute in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def exact_dtypes(kind: str) -> AbstractContextManager[Any]:
     """Inside, autocast changes no dtype on devices of this kind: what is made twice must come out the same."""
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -29,7 +29,7 @@ CHEAP = frozenset((
     "clamp", "clip", "where", "masked_fill", "float", "half", "bfloat16", "double", "to", "type", "type_as",
     "contiguous", "clone", "reshape", "flatten", "cat", "concat", "stack", "repeat", "repeat_interleave", "pad",
     "mean", "sum", "layer_norm", "rms_norm", "group_norm", "silu", "gelu", "sigmoid", "tanh", "relu", "softplus",
-    "glu", "recomputed", "silu_gated",
+    "glu", "recomputed", "silu_gated", "rotate_pairs",
 ))
 # fmt: on
 # Products, which `makes_products` adds where they widen their input: the first layer of an MLP.

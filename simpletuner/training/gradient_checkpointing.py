@@ -44,7 +44,8 @@ class GradientCheckpointing:
         offloads_inputs: inputs of recomputed blocks wait in main memory.
         limit: bytes that the run may take: see `Room.limit`; None: what the device has.
         may_offload: inputs go to main memory where a step finds too little memory with all blocks recomputed.
-        level: what blocks keep, where those that are not recomputed may keep less than that.
+        level: what blocks keep that are not recomputed.
+        may_keep_least: they keep less than that where not all of them fit.
     """
 
     def __init__(
@@ -55,15 +56,17 @@ class GradientCheckpointing:
         offloads_inputs: bool = False,
         limit: int | None = None,
         may_offload: bool = False,
-        level: ActivationMemory | None = None,
+        level: ActivationMemory = "low",
+        may_keep_least: bool = False,
     ):
         self.device = device
         self.level = level
         self.interval = interval
         self.offloading = Offloading(device) if offloads_inputs else None
-        self.room = MeasuredMemory(device, limit, level is not None) if is_measured else None
+        self.room = MeasuredMemory(device, limit, may_keep_least) if is_measured else None
         self.may_offload = may_offload and device.type == "cuda"
         self._index: dict[Any, int] = {}
+        self._levels: dict[Any, ActivationMemory] = {}
         # By the tensors that it is given `checkpoint` finds out whose random state to restore; see `_OffloadedInputs`.
         self._of_device = torch.empty(0, device=device)
 
@@ -87,7 +90,8 @@ class GradientCheckpointing:
             offloads_inputs=config.model.gradient_checkpointing_backend == "unsloth",
             limit=limit,
             may_offload=may_offload,
-            level=(config.model.activation_memory or "low") if may_keep_least else None,
+            level=config.model.activation_memory or "low",
+            may_keep_least=may_keep_least,
         )
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
@@ -99,23 +103,33 @@ class GradientCheckpointing:
             is_recomputed, count = self.room.ask(index, inputs, block)
             if count is not None:
                 with count:
-                    return _run(block, False, self._level(False), *inputs)
+                    return self._run(block, False, *inputs)
         else:
             is_last = is_known and index == len(self._index) - 1
             is_recomputed = index % self.interval == 0 and not is_last
         if not is_recomputed:
-            return _run(block, False, self._level(False), *inputs)
-        recomputing = partial(_run, block, True, self._level(True))
+            return self._run(block, False, *inputs)
+        recomputing = partial(self._run, block, True)
         if self.offloading is not None:
             away = _OffloadedInputs(recomputing, inputs, self.offloading)
             return checkpoint(away, self._of_device, use_reentrant=False)
         return checkpoint(recomputing, *inputs, use_reentrant=False)
 
-    def _level(self, is_recomputed: bool) -> ActivationMemory | None:
-        """What a block keeps from now on; None: what it kept before."""
-        if self.room is None or not self.room.keeps_least:
-            return None
-        return self.level if is_recomputed else "lowest"
+    def _run(self, block: Callable[..., Any], is_recomputed: bool, *inputs: Any) -> Any:
+        """The block, which knows what becomes of this call: rows that go through it one by one may be treated
+        differently, and the backward pass computes an earlier one again after a later one was kept.
+
+        A recomputed block is not traced, since its own backward pass follows at once: tracing costs time and saves
+        nothing.
+        """
+        if isinstance(forward := getattr(block, "forward", None), Swapped):
+            forward.is_recomputed = is_recomputed
+        kept: ActivationMemory = "lowest" if self.room is not None and self.room.keeps_least else self.level
+        level: ActivationMemory = "high" if is_recomputed else kept
+        if isinstance(block, nn.Module) and self._levels.get(block) != level:
+            self._levels[block] = level
+            set_activation_memory(block, level)
+        return block(*inputs)
 
     def after_step(self) -> list[str]:
         """Called when an optimizer step is done: then the peak of its memory is known. What has changed, in words."""
@@ -130,16 +144,6 @@ class GradientCheckpointing:
             return False
         self.offloading = Offloading(self.device)
         return True
-
-
-def _run(block: Callable[..., Any], is_recomputed: bool, level: ActivationMemory | None, *inputs: Any) -> Any:
-    """The block, which knows what becomes of this call: rows that go through it one by one may be treated differently,
-    and the backward pass computes an earlier one again after a later one was kept."""
-    if isinstance(forward := getattr(block, "forward", None), Swapped):
-        forward.is_recomputed = is_recomputed
-    if level is not None and isinstance(block, nn.Module):
-        set_activation_memory(block, level)
-    return block(*inputs)
 
 
 class _OffloadedInputs:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from simpletuner.activation_memory.rotation import Rotation
 from simpletuner.models.omnigen.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -149,11 +149,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding over halves, in float32, returned in the dtype of `states` (B, heads, S, D).
 
-    Su et al., "RoFormer" (arXiv 2104.09864), with both halves of the angles equal.
+    Both halves of the angles are equal.
     """
     if torch.compiler.is_compiling() or not states.requires_grad:
         return _rotate(states, cos, sin)
-    return _Rotate.apply(states, cos, sin)
+    return Rotation.apply(_rotate, states, cos, sin)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
@@ -162,21 +162,6 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Ten
     turned[..., :half].addcmul_(states[..., half:], sin[..., half:], value=-direction)
     turned[..., half:].addcmul_(states[..., :half], sin[..., :half], value=direction)
     return turned.to(states.dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    """The backward pass of a rotation is the rotation back: four kernels, where autograd's own takes over a dozen."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(states, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient, cos, sin, direction=-1), None, None
 
 
 def rotary_angles(rope: OmniGenSuScaledRotaryEmbedding, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,7 @@ from simpletuner.activation_memory.linears import follow_input_dtype, linear
 from simpletuner.activation_memory.modules import reduce_activation_memory
 from simpletuner.activation_memory.norms import rms_norm
 from simpletuner.activation_memory.recompute import is_large, recomputed
+from simpletuner.activation_memory.rotation import rotate_pairs
 from simpletuner.adapters.lokr import kron_linear
 from simpletuner.models.omnigen.attention import rotate
 
@@ -53,11 +56,13 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 ANGLES = torch.randn(1, 1, 3, 2, dtype=torch.float64).repeat(1, 1, 1, 2)
+OF_PAIRS = ANGLES[..., :2].repeat_interleave(2, -1)
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "norm": (lambda x, weight: rms_norm(x, weight, 0.5), ((2, 3, 4), (4,))),  # an eps that counts
     "norm without weight": (lambda x: rms_norm(x, None, 0.5), ((2, 3, 4),)),
     "gate": (silu_gated, ((2, 3, 8),)),
     "rotation": (lambda x: rotate(x, ANGLES.cos(), ANGLES.sin()), ((2, 2, 3, 4),)),
+    "rotation of pairs": (lambda x: rotate_pairs(x, OF_PAIRS.cos(), OF_PAIRS.sin()), ((2, 2, 3, 4),)),
     "linear": (lambda x, weight, bias: linear(rms_norm(x, None, 1e-5), weight, bias), ((2, 3, 4), (5, 4), (5,))),
     "kron": (kron_linear, ((2, 3, 6), (4, 3), (5, 2))),
     "kron to fewer features": (kron_linear, ((3, 10), (2, 2), (3, 5))),
@@ -148,6 +153,23 @@ def test_each_number_format_gives_what_the_public_form_gives_in_float32(
     torch.testing.assert_close(output.float(), expected, rtol=rounding, atol=rounding)
     [gradient], [wanted] = torch.autograd.grad(output.sum(), x), torch.autograd.grad(expected.sum(), wide)
     torch.testing.assert_close(gradient.float(), wanted, rtol=2 * rounding, atol=2 * rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pairs_are_rotated_with_the_bits_of_diffusers_and_the_gradient_of_float32(dtype: torch.dtype) -> None:
+    attention = FluxAttention(32, heads=2, dim_head=16).to(dtype).requires_grad_(False)
+    angles = torch.randn(3, 8).repeat_interleave(2, 1)
+    given = numbers(1, 3, 32, dtype=dtype), None, None, (angles.cos(), angles.sin())
+    wide = copy.deepcopy(attention).float()
+    x = given[0].detach().float().requires_grad_()
+    [wanted] = torch.autograd.grad(wide(x, *given[1:]).sum(), x)
+    expected = attention(*given)
+    output = lean(attention)(*given)
+    assert type(attention.processor) is not FluxAttnProcessor
+    assert torch.equal(output, expected)
+    [gradient] = torch.autograd.grad(output.sum(), given[0])
+    rounding = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.float(), wanted, rtol=rounding, atol=rounding)
 
 
 def test_small_and_large_tensors_have_the_same_dtypes_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

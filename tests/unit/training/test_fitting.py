@@ -416,6 +416,8 @@ def test_auto_lets_blocks_keep_least_before_it_forgets_whole_ones(
     ]
     assert counts[1] < 0.8 * counts[0]
     assert sum(room.recomputes.values()) == num_recomputed
+    levels = [getattr(layer, "_activation_memory") for layer in denoiser.layers]  # noqa: B009 - private
+    assert levels == ["high"] * num_recomputed + ["lowest"] * (6 - num_recomputed)
     for again in found[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(again, found[0], strict=True))
 
