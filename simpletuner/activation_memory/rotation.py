@@ -67,7 +67,8 @@ def apply_rotary_emb(
     if not use_real or use_real_unbind_dim != -1 or torch.compiler.is_compiling():
         from diffusers.models.embeddings import apply_rotary_emb as published
 
-        return published(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
+        turned: Any = published(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)  # it says two tensors
+        return turned
     cos, sin = (each.to(x.device).unsqueeze(-2 if sequence_dim == 1 else 0) for each in freqs_cis)
     return rotate_pairs(x, cos, sin)
 
