@@ -164,7 +164,8 @@ def image_facts(data: bytes, decodes: bool = True) -> ImageFacts:
 
 def _is_sound_png(data: bytes) -> bool:
     """Whether a PNG is complete, all of its checksums are right, and nothing behind its pixels says more of them."""
-    kinds, position = [], 8  # behind the signature
+    kinds: list[bytes] = []
+    position = 8  # behind the signature
     while not kinds or kinds[-1] != b"IEND":
         end = position + 8 + int.from_bytes(data[position : position + 4])
         kind, checksum = data[position + 4 : position + 8], data[end : end + 4]
