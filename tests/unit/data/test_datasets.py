@@ -20,6 +20,7 @@ from simpletuner.data.selection import _fits
 from simpletuner.errors import EXIT_CONFIG, EXIT_DATA, ConfigError, DataError, Problem
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.unit.data.images import build_datasets, options, tree_digest, write_image
+from tests.unit.data.odd_files import png
 
 
 @pytest.fixture
@@ -92,6 +93,22 @@ def test_broken_images_are_counted_and_left_alone(folder: Path, tmp_path: Path) 
     assert dataset.filter_report.found == 6
     assert not any("\x1b" in line for line in dataset.filter_report.lines())
     assert tree_digest(folder) == before
+
+
+@pytest.mark.parametrize("key", ["vae_cache_ondemand", "vae_cache_disable", "vae_cache_clear_each_epoch"])
+def test_what_the_vae_would_first_see_in_the_middle_of_training_is_decoded_at_the_start(folder, tmp_path, key) -> None:
+    (folder / "broken.png").write_bytes(png(64, 64, bytes(1000)))  # its checksums are right, most pixels are missing
+    entries = [
+        ImageDataset(id="encoded", instance_data_dir=folder),
+        ImageDataset(id="during", instance_data_dir=folder, **{key: True}),
+    ]
+    encoded, during = build_datasets(entries, options(), OMNIGEN, tmp_path / "work")
+    [broken] = [sample for sample in encoded.samples if sample.path == "broken.png"]
+    with pytest.raises(DataError, match=r"broken\.png damaged: .*\n.*repair the image"):
+        encoded.read_pixels(broken)
+    assert len(during.samples) == 5
+    [reason] = during.filter_report.skipped.counts
+    assert reason.startswith("damaged: ")
 
 
 def test_an_extreme_aspect_does_not_ask_for_a_huge_image(folder: Path, tmp_path: Path) -> None:
