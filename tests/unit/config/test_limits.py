@@ -24,8 +24,8 @@ PLAIN = {"id": "plain", "instance_data_dir": "datasets/images"}
             **{"validation_preview": True, "validation_preview_steps": 25, "lr_warmup_steps": 99},
             **{"timestep_bias_strategy": "range", "timestep_bias_begin": 499, "timestep_bias_end": 500},
             **{"validation_resolution": "2048x16", "aspect_bucket_alignment": 48, "report_to": "none"},
-            **{"hub_model_id": f"me/{'x' * 93}", "num_machines": 1, "machine_rank": 0, "lr_scale": True},
-            **{"lr_scale_sqrt": True, "flow_schedule_terminal": 0.5, "flow_schedule_shift": 3.0},
+            **{"hub_model_id": f"me/{'x' * 93}", "num_machines": 1, "machine_rank": 0},
+            **{"flow_schedule_terminal": 0.5, "flow_schedule_shift": 3.0},
         },
         {
             **{"optimizer": "prodigy", "learning_rate": 0.1, "lr_scheduler": "constant", "lr_end": 1.0},
@@ -40,6 +40,7 @@ PLAIN = {"id": "plain", "instance_data_dir": "datasets/images"}
             **{"optimizer": "adamw_schedulefree", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10},
             **{"quantize_activations": True, "base_model_precision": "int8-torchao", "mixed_precision": "bf16"},
             **{"base_model_default_dtype": "bf16", "max_train_steps": 0, "num_train_epochs": 1},
+            **{"lr_scale": True, "lr_scale_sqrt": True},
             **{"enable_group_offload": True, "tracker_run_name": "my run", "custom_tracker": "a:C", "report_to": "all"},
         },
         {
