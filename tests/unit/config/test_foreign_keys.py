@@ -98,3 +98,39 @@ def test_each_refused_key_has_a_reason_that_a_user_can_act_on() -> None:
     for name, key in UNBUILT.items():
         assert len(key.reason.split()) >= 3, name
         assert not any(is_off(value) for value in key.neutral), name
+
+
+def test_names_and_values_of_before_are_read_under_those_of_today_with_a_warning(workspace: Workspace) -> None:
+    for written, expected in ((True, False), ("false", True)):
+        workspace.config |= {"vae_cache_preprocess": written}
+        run = workspace.load_written()
+        line = workspace.line("config/config.json", "vae_cache_preprocess")
+        assert run.warnings == (f"config/config.json:{line}: vae_cache_preprocess is now called vae_cache_ondemand",)
+        assert run.config.value("vae_cache_ondemand") is expected
+    workspace.config["vae_cache_preprocess"] = "maybe"
+    [problem] = workspace.fails_written().problems
+    assert (problem.key, problem.message) == ("vae_cache_preprocess", '"maybe" must be true or false')
+    del workspace.config["vae_cache_preprocess"]
+    workspace.config |= {"lr_scheduler": "cosine_with_warmup", "checkpointing_steps": 7}
+    run = workspace.load_written()
+    line = workspace.line("config/config.json", "lr_scheduler")
+    alias = f'config/config.json:{line}: lr_scheduler: "cosine_with_warmup" is now called "cosine"'
+    assert alias in run.warnings
+    assert (run.config.value("lr_scheduler"), run.config.value("checkpoint_step_interval")) == ("cosine", 7)
+    workspace.config["checkpoint_step_interval"] = 8
+    [problem] = workspace.fails_written().problems
+    assert problem.key == "checkpoint_step_interval"
+    assert problem.message == 'is given twice, as "checkpointing_steps" and as "checkpoint_step_interval"'
+    assert problem.fix == 'keep "checkpoint_step_interval"'
+    assert problem.line == workspace.line("config/config.json", "checkpoint_step_interval")
+
+
+def test_a_file_that_is_not_there_is_a_warning_where_no_file_is_looked_for(workspace: Workspace) -> None:
+    workspace.config["user_prompt_library"] = "gone.json"
+    run = workspace.load_written(check_files=False)
+    line = workspace.line("config/config.json", "user_prompt_library")
+    assert f"config/config.json:{line}: user_prompt_library: gone.json is not there" in run.warnings
+    [problem] = workspace.fails_written().problems
+    places = f"{workspace.root / 'gone.json'} or {workspace.root / 'config/gone.json'}"
+    assert (problem.key, problem.message) == ("user_prompt_library", '"gone.json": there is no file of this name')
+    assert problem.allowed == f"file at {places}"

@@ -13,7 +13,8 @@ from simpletuner.config.datasets import ImageDataset, dataset_options
 from simpletuner.config.json_reader import parse_json
 from simpletuner.config.options import TrainConfig
 from simpletuner.config.sources import SOURCE_RULES, ImageSource, source_faults
-from simpletuner.errors import ConfigError
+from simpletuner.config.yaml_reader import read_yaml
+from simpletuner.errors import ConfigError, Problem
 from tests.runs import load_here, write_run
 
 CONFIG = TrainConfig.from_values({"model_family": "toy"})
@@ -179,3 +180,41 @@ def test_paths_of_tables_are_found_in_the_working_folder(tmp_path: Path, omnigen
     assert first.csv_file == tmp_path / "a.csv"
     assert second.dataset_name == str(tmp_path / "tables")
     assert third.dataset_name == "me/set"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b"a: [1\nb: 2\n", 2, "is not YAML: expected ',' or ']', but got ':'"),
+        (b"- a\n", None, "holds no keys with values"),
+        (b"", None, "holds no keys with values"),
+        (b"a: 1\nb: 2\na: 3\n", 3, 'gives "a" twice'),
+        (b"a: 1\nb: \xff\n", None, "is not UTF-8 text: line 2, byte 9 (0xff)"),
+        (b"a: !!python/object:x.Y {}\n", None, None),
+        (
+            b"\n".join(b" " * n + b"k:" for n in range(22)) + b" 1\n",
+            None,
+            "is not YAML: mappings are nested too deeply",
+        ),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_read_is_named_with_its_line(tmp_path, content, line, message) -> None:
+    (tmp_path / "a.yml").write_bytes(content)
+    if message is None:  # a tag of Python makes nothing
+        assert read_yaml(tmp_path / "a.yml").values == {}
+        return
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(tmp_path / "a.yml")
+    assert caught.value.problems == [Problem(message, file=str(tmp_path / "a.yml"), line=line)]
+
+
+def test_values_of_yaml_are_found_by_their_path_and_line_with_numbers_as_people_write_them(tmp_path) -> None:
+    (tmp_path / "a.yml").write_text("train:\n  lr: 1e-4\n  betas: [0.9, 1.5e+3]\n\nname: 1e4x\nwhen: .5e1\n")
+    document = read_yaml(tmp_path / "a.yml")
+    assert document.values == {"train.lr": 1e-4, "train.betas": [0.9, 1500.0], "name": "1e4x", "when": 5.0}
+    assert document.lines == {"train": 1, "train.lr": 2, "train.betas": 3, "name": 5, "when": 6}
+    assert document.problem("train.lr", "is 3", "1", "fix it") == Problem(
+        "is 3", "train.lr", str(tmp_path / "a.yml"), 2, "1", "fix it"
+    )
+    with pytest.raises(ConfigError, match=r"gone\.yml: cannot be read: No such file"):
+        read_yaml(tmp_path / "gone.yml")
