@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.config.dataset_values import TagShuffle
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.backends.build import open_backend
 from simpletuner.data.buckets import BucketRules
@@ -111,6 +112,10 @@ def test_the_fingerprint_of_a_dataset_is_the_digest_of_these_very_rules() -> Non
     assert dataset_fingerprint(["a", "b"], own, texts, 7) == digest(buckets=buckets)
     edits = {"filters": ["x"], "shuffle": None, "seed": 5}
     assert dataset_fingerprint(["a", "b"], rules, texts, 7, edits=CaptionEdits(("x",), seed=5)) == digest(edits=edits)
+    shuffled = CaptionEdits(shuffle=TagShuffle(count=3), seed=5)
+    shuffle = {"count": 3, "seed": None, "split_on": "comma", "position_start": 0, "include_original": True}
+    edited = {"filters": [], "shuffle": {**shuffle, "keep_separator": None, "dropout": 0.0}, "seed": 5}
+    assert dataset_fingerprint(["a", "b"], rules, texts, 7, edits=shuffled) == digest(edits=edited)
     opened = CaptionEdits(("x",), seed=5, openers=("o",))
     assert dataset_fingerprint(["a", "b"], rules, texts, 7, edits=opened) == digest(edits={**edits, "openers": ["o"]})
 

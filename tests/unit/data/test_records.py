@@ -120,6 +120,7 @@ def test_a_plain_folder_pairs_by_name(folder: Path) -> None:
     """The reference of b has another extension; c has two, d none. Folders of other names are none of references."""
     root = folder / "plain"
     for path in (
+        "target/.hidden.png",
         "reference_old/b.png",
         "reference_/b.png",
         "target/b.png",
