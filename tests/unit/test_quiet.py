@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -26,6 +27,20 @@ def test_other_lines_of_these_libraries_are_shown(caplog: pytest.LogCaptureFixtu
         logging.getLogger(name).warning(f"{beginnings[0]} something")
         logging.getLogger(name).warning("the image is upside down")
     assert [record.message for record in caplog.records] == ["the image is upside down"] * len(NEEDLESS)
+
+
+def test_remarks_of_libraries_about_their_own_future_are_hidden():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        hide_needless_lines()
+        for text in (
+            "Paged optimizers are not supported on CPU; x",
+            "`FluxPosEmbed` is deprecated and will go",
+            "`torch.jit.script_method` is deprecated",
+            "the image is upside down",
+        ):
+            warnings.warn(text, stacklevel=1)
+    assert [str(each.message) for each in shown] == ["the image is upside down"]
 
 
 def test_a_second_call_adds_no_second_filter():

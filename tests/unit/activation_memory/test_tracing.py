@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simpletuner.activation_memory import recompute
 from simpletuner.activation_memory.modules import reduce_activation_memory, set_activation_memory
-from simpletuner.activation_memory.tracing import Trace
+from simpletuner.activation_memory.tracing import Context, Trace
 from simpletuner.adapters.lokr import kron_linear
 from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.quantize import get_format
@@ -467,3 +467,33 @@ def test_hooks_around_a_block_are_given_each_tensor_once() -> None:
         output = block(*inputs)
     assert len(given) == len(set(given))
     assert output.requires_grad
+
+
+def test_what_is_made_again_has_the_autocast_of_the_forward_pass_or_none() -> None:
+    on, off = Context("cpu", torch.bfloat16), Context("cpu", None)
+    assert Context.of("cpu") == off
+    assert isinstance(off(), nullcontext)
+    with on():
+        assert Context.of("cpu") == on
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert isinstance(on(), nullcontext)
+        with off():
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_of_a_block_that_fails_nothing_is_decided_and_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[int] = []
+    monkeypatch.setattr(Trace, "_settle", lambda self: settled.append(len(self._saved)))
+    x = torch.ones(64, 64, requires_grad=True)
+    for fails in (False, True):
+        trace, held = Trace("cpu"), []
+        with pytest.raises(LookupError) if fails else nullcontext(), trace:
+            (x * x).exp()
+            held = list(trace._saved)
+            assert held
+            if fails:
+                raise LookupError
+        assert {saved.tensor for saved in held} == {None}
+        assert (trace._saved, trace._made) == ([], {})
+        assert len(settled) == 1

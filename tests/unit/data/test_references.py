@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner.batch import Crop
 from simpletuner.config.datasets import ConditioningDataset, ImageDataset
@@ -22,7 +24,7 @@ from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.training.latents import without
-from simpletuner.validation.references import references_of_data
+from simpletuner.validation.references import references_of_data, references_of_run
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -170,6 +172,16 @@ def test_validation_edits_the_first_image_that_is_held_out_else_the_first_of_all
     dataset = build(pairs)
     assert [each.name for each in references_of_data([dataset])] == ["sources/sub/a_0.png"]
     assert references_of_data([]) == ()
+    shutil.copytree(pairs / "sources", pairs / "others")
+    two = build(pairs, folders=("sources", "others"))
+    run: Any = SimpleNamespace(validation_references=None)
+    for one, expected in ((True, ["sources/sub/a_0.png"]), (False, ["sources/sub/a_0.png", "others/sub/a_0.png"])):
+        assert [each.name for each in references_of_run(run, [two], one)] == expected
+    [seen] = references_of_data([dataset])
+    with Image.open(pairs / "sources/sub/a_0.png") as image:
+        assert np.array_equal(np.asarray(seen.image), np.asarray(image.convert("RGB")))
+    run.validation_references = (pairs / "sources/sub/a_2.png",)
+    assert [each.name for each in references_of_run(run, [two], False)] == [str(pairs / "sources/sub/a_2.png")]
     _, middle, last = sorted(place_of(digest) for _, digest in dataset.used_digests())
     trained, held = hold_out([dataset], (middle + last) / 2)
     position = min(int(members[0]) for members in held.buckets.values())

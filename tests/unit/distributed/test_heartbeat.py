@@ -14,6 +14,7 @@ import pytest
 import torch.distributed.fsdp  # noqa: F401 - imported once, and not in each process
 
 from simpletuner.distributed import heartbeat
+from simpletuner.distributed.frozen import address
 from simpletuner.distributed.heartbeat import PeerLost
 from simpletuner.distributed.launcher import listen
 from simpletuner.distributed.process_group import joined
@@ -143,3 +144,148 @@ def test_who_is_asked_to_stop_waits_for_a_silent_one_shorter_than_others_do(monk
     silent_for(5, stopping=lambda: error).check()
     with pytest.raises(Interrupted):
         silent_for(30, stopping=lambda: error).check()
+
+
+class Store(dict):
+    """The run's store; `down` answers nothing."""
+
+    down = False
+
+    def set(self, key: str, value: str) -> None:
+        if self.down:
+            raise RuntimeError("no answer")
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+class Waits:
+    """An event that is set after so many waits; what was waited for."""
+
+    def __init__(self, count: int):
+        self.count, self.seconds = count, []
+
+    def wait(self, seconds: float) -> bool:
+        self.seconds.append(seconds)
+        return len(self.seconds) > self.count
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def test_each_process_counts_under_its_own_name_and_notes_when_the_others_last_did(clock):
+    beat, store = heartbeat.Heartbeat(1, 3, 8.0), Store({"beat-0": b"5", "address-0": b"a/1", "address-2": b"b/2"})
+    beat._seen = {0: (b"5", 90.0), 2: (b"", 91.0)}
+    beat._ended = Waits(2)
+    beat._count(store)
+    assert (store["beat-1"], store["address-1"]) == (b"2", address().encode())
+    assert beat._seen == {0: (b"5", 90.0), 2: (b"", 91.0)}  # neither has gone on
+    assert beat._addresses == {0: "a/1", 2: "b/2"}
+    assert beat._answered == 100.0
+    assert beat._ended.seconds == [0.1] * 3
+    store |= {"beat-0": b"6", "address-0": b"other"}
+    beat._ended = Waits(1)
+    beat._count(store)
+    assert beat._seen == {0: (b"6", 100.0), 2: (b"", 91.0)}
+    assert beat._addresses[0] == "a/1"
+    clock.seconds, store.down = 200.0, True
+    beat._ended, beat.limit = Waits(1), 0.2
+    beat._count(store)
+    assert beat._answered == 100.0
+    assert beat._ended.seconds == [0.05] * 2  # a quarter of a short limit
+
+
+def test_who_is_quiet_is_who_has_not_counted_for_longer_than_the_limit(clock):
+    beat = heartbeat.Heartbeat(1, 3, 60.0)
+    beat._answered, beat._seen = 100.0, {0: (b"", 90.0), 2: (b"", 89.0)}
+    assert [beat.quiet(seconds) for seconds in (9.0, 10.0, 11.0)] == [[0, 2], [2], []]
+    beat._answered = 88.0
+    assert [beat.quiet(seconds) for seconds in (11.0, 12.0)] == [[0], []]  # the store is silent: its keeper is
+    beat.rank = 0
+    assert beat.quiet(11.0) == []
+
+
+def test_the_lost_process_is_named_with_what_it_was_waited_for_in(clock):
+    beat = heartbeat.Heartbeat(1, 4, 90.0, waits_in="evaluation")
+    problem = beat.problem([0, 2])
+    assert problem.message == (
+        "process 0, 2 of 4 has not responded for 1.5 minutes; process 1 waited for it in evaluation"
+    )
+    assert problem.key == "distributed_timeout"
+    assert problem.fix.startswith("check its machine and the network between them, then start again")
+    beat._answered, beat._seen = 100.0, {0: (b"", 10.0), 2: (b"", 9.0)}
+    with pytest.raises(PeerLost, match="process 2 of 4"):
+        beat.check()
+    beat._seen = {0: (b"", 99.4), 2: (b"", 99.6)}
+    beat.check()
+    beat.stopping = lambda: Interrupted("stopped", 143)
+    with pytest.raises(Interrupted):  # one that was asked to stop waits for no longer than half a second here
+        beat.check()
+    beat._seen = {0: (b"", 99.5), 2: (b"", 99.6)}
+    beat.check()
+    beat._addresses = {0: address(), 2: "elsewhere/3"}
+    assert beat.frozen() == []
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it is over, and nobody has asked for its code
+    beat._addresses[2] = address().rpartition("/")[0] + f"/{child}"
+    assert beat.frozen() == [2]
+    with pytest.raises(Interrupted):
+        beat.check()
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(("words", "printed"), [(True, False), (False, True)])
+def test_a_process_whose_main_thread_waits_in_a_library_is_ended_with_its_reason(
+    clock, monkeypatch, capsys, words, printed
+):
+    left, codes = [], []
+
+    def leave(text, environment):
+        left.append(text)
+        return words
+
+    monkeypatch.setattr(heartbeat, "leave_last_words", leave)
+    monkeypatch.setattr(heartbeat.os, "_exit", codes.append)
+    beat = heartbeat.Heartbeat(0, 2, 60.0)
+    beat._answered, beat._seen = 100.0, {1: (b"", 50.0)}
+    beat._ended = Waits(3)
+    beat._end_if_lost(None)
+    assert codes == []
+    assert beat._ended.seconds == [0.1] * 4  # nobody is lost
+    beat._seen, beat._ended = {1: (b"", 30.0)}, Waits(3)
+    beat._end_if_lost(None)
+    assert codes == [3]
+    assert beat._ended.seconds == [0.1, 15.0, 0.1, 15.0, 0.1]  # this one only notes that it is ended
+    assert "process 1 of 2 has not responded for 1 minutes" in left[0]
+    assert ("process 1 of 2" in capsys.readouterr().err) is printed
+
+
+def test_a_collective_is_waited_for_and_said_to_be_over(clock, monkeypatch):
+    """By hand: it is asked more rarely the longer it takes, and the others are looked at after a beat."""
+    slept, checked = [], []
+    times = iter([0.0, 0.001, 0.003, 0.09, 0.11, 0.12])
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.seconds = 100.0 + next(times, 1.0)
+
+    monkeypatch.setattr(heartbeat.time, "sleep", sleep)
+    answers = iter([False] * 7 + [True])
+    waited = []
+    work = SimpleNamespace(is_completed=lambda: next(answers), wait=waited.append)
+    stopping = iter([None, None, Interrupted("stopped", 143)])
+    beat = heartbeat.Heartbeat(0, 2, 60.0, stopping=lambda: next(stopping, None))
+    monkeypatch.setattr(heartbeat.Heartbeat, "check", lambda self: checked.append((slept[:], self.waits_in)))
+    heartbeat.wait_for(work, beat, "a sum")
+    assert slept == [0.0, 0.0, 0.0, 0.0005, 0.0005, 0.01, 0.01]
+    assert {where for _, where in checked} == {"a sum"}
+    assert [len(before) for before, _ in checked] == [2, 5, 6]  # when a signal came, and after a beat of 0.1 seconds
+    assert beat.waits_in == ""
+    assert [each.total_seconds() for each in waited] == [60]

@@ -46,6 +46,9 @@ def test_a_program_that_a_process_starts_is_none_of_the_processes():
     environment = {
         "RANK": "1",
         "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
         "MASTER_PORT": "1",
         LAST_WORDS: "x",
         LIFELINE: "3",
@@ -53,6 +56,46 @@ def test_a_program_that_a_process_starts_is_none_of_the_processes():
         "HOME": "/home",
     }
     assert environment_outside(environment) == {"HOME": "/home"}
+
+
+def test_one_of_several_processes_is_told_its_place_on_its_machine_too():
+    """RANK and WORLD_SIZE alone are numbers of machines, as clusters export them."""
+    numbers = {"RANK": "1", "WORLD_SIZE": "2"}
+    for own in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        assert launcher.is_started_already({**numbers, own: "0"})
+        for lacking in numbers:
+            environment = {own: "0", **{name: value for name, value in numbers.items() if name != lacking}}
+            assert not launcher.is_started_already(environment)
+    assert not launcher.is_started_already(numbers)
+    kept, removed = {**numbers, "LOCAL_RANK": "1"}, {**numbers, "HOME": "/home"}
+    for environment in (kept, removed):
+        launcher.forget_machine_numbers(environment)
+    assert kept == {**numbers, "LOCAL_RANK": "1"}
+    assert removed == {"HOME": "/home"}
+    assert launcher.Layout(2) == launcher.Layout(2, 1, 0, "127.0.0.1", None)
+
+
+def test_waits_are_those_of_people():
+    assert (launcher.GRACE_SECONDS, launcher.POLL_SECONDS, launcher.SAVING_SECONDS) == (20.0, 0.1, 600.0)
+
+
+def test_a_process_is_known_as_frozen_where_it_can_be_seen(monkeypatch):
+    place, _, own = address().rpartition("/")
+    assert own == str(os.getpid())
+    assert not is_frozen_at(address())
+    process = started(DEAF.format(seconds=30))
+    assert not is_frozen_at(f"{place}/{process.pid}")
+    process.kill()
+    process.wait()
+    assert is_frozen_at(f"{place}/{process.pid}")  # it is gone
+    assert not is_frozen_at(f"elsewhere/{place}/{process.pid}")
+
+    def refuse(path):
+        raise OSError("no /proc")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    assert address() == f"unknown/{os.getpid()}"
+    assert not is_frozen_at(f"unknown/{process.pid}")
 
 
 def test_the_first_process_speaks_for_all():

@@ -5,13 +5,24 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from simpletuner import storage
 from simpletuner.disk import DiskError
-from simpletuner.reporting.charts import Axes, Series, nice_ticks, number_text, smoothed, thinned
+from simpletuner.reporting.charts import (
+    Axes,
+    Series,
+    chart,
+    legend,
+    loss_series,
+    nice_ticks,
+    number_text,
+    smoothed,
+    thinned,
+)
 from simpletuner.reporting.events import EvalDone, RunStarted
 from simpletuner.reporting.loss_plot import EVAL, plot_loss, read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink
@@ -160,3 +171,56 @@ def test_a_chart_has_room_around_its_curves_and_outliers_of_noise_touch_the_edge
 )
 def test_numbers_on_axes_are_short(value: float, text: str):
     assert number_text(value) == text
+
+
+def test_the_curves_of_a_loss_have_their_names_and_the_base_a_line_over_all_steps():
+    train, evaluation = [(1.0, 2.0), (2.0, 1.0)], [(1.0, 0.5), (2.0, 0.25)]
+    found = loss_series(train, [(2.0, 3.0)], evaluation, 0.75, 9.0)
+    assert found == [
+        Series("each step", train, 1, "faint"),
+        Series("training loss, smoothed", train, 1, "line"),
+        Series("distance from the base model", [(2.0, 3.0)], 3, "line"),
+        Series("eval loss", evaluation, 2, "dots"),
+        Series("eval loss of the base model", [(0.0, 0.75), (9.0, 0.75)], 2, "dashed"),
+    ]
+    assert len(loss_series(train, [], evaluation, None, 9.0)) == 4
+    assert len(loss_series(train, [], evaluation[:1], 0.75, 9.0)) == 4
+    named = [each.label for each in legend([*found, Series("", train), Series("none", [])])]
+    assert named == [each.label for each in found[1:]]
+
+
+def test_a_chart_by_hand():
+    """100 to 200 on 500 pixels: a label about every 90; 0 to 4 on 156 pixels of height."""
+    line = Series("loss", [(100.0, 0.0), (200.0, 4.0)], 3)
+    svg = chart("of a <run>", [line, Series("", [(150.0, 2.0)], 2, "dots"), Series("empty", [])], "step", (500, 200))
+    root = ElementTree.fromstring(svg)
+    assert root.get("aria-label") == "of a <run>: loss"
+    assert (root.get("viewBox"), root.get("data-first"), root.get("data-last")) == ("0 0 500 200", "100.0", "200.0")
+    assert (root.get("data-left"), root.get("data-right")) == ("58", "486")
+    # Up to 4.24: 6 % above. 1 and 2 stand 156 / 4.24 pixels apart.
+    heights = {tick: f"{170 - 156 * tick / 4.24:.1f}" for tick in (0, 1, 2, 3, 4)}
+    grid = [each.get("y1") for each in root.iter() if each.get("class") == "grid"]
+    assert grid == list(heights.values())
+    [curve] = [each for each in root.iter() if each.tag.endswith("polyline")]
+    assert (curve.get("class"), curve.get("points")) == ("c3 line", f"58.0,170.0 486.0,{heights[4]}")
+    circles = [each for each in root.iter() if each.tag.endswith("circle")]
+    assert [each.get("class") for each in circles] == ["c3 touch", "c3 touch", "c2 dot"]
+    assert [each[0].text for each in circles] == ["loss at 100: 0", "loss at 200: 4", " at 150: 2"]
+    texts = [each.text for each in root.iter() if each.tag.endswith("text")]
+    assert texts == ["0", "1", "2", "3", "4", "100", "120", "140", "160", "180", "step"]
+    assert chart("nothing", [Series("empty", [])]) == ""
+    assert number_text(9999999.0) == "9,999,999"
+    assert number_text(1e7) == "1e+07"
+    assert number_text(-1e7) == "-1e+07"
+    assert number_text(1e-3) == "0.001"
+    assert nice_ticks(0.3, 0.9, 4) == [0.4, 0.6, 0.8]
+
+
+def test_a_long_curve_has_few_places_to_hover_over_and_a_noisy_one_none():
+    points = [(float(step), 1.0) for step in range(1000)]
+    marks = {}
+    for style in ("line", "dashed", "faint", "dots"):
+        svg = chart("", [Series("a", points, style=style)])
+        marks[style] = svg.count("<circle")
+    # Of 7 steps each one stays: 143; of these every third.
+    assert marks == {"line": 48, "dashed": 48, "faint": 0, "dots": 143}

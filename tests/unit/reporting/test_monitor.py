@@ -403,7 +403,9 @@ def test_the_chart_is_an_svg_of_the_points_of_a_run_and_of_no_other() -> None:
         steps = [[float(point.split(",")[0]) for point in line.get("points", "").split()] for line in lines]
         assert steps == [[58.0, 222.0, 386.0]] * 2, "each step, and smoothed"
         assert ask(server, "GET", "/chart?run=other&width=400&height=200")[:2] == (200, b"")
-        for query in ("width=400", "width=-1&height=5", "width=99999&height=200", "width=4e2&height=200"):
+        of_another_script = "width=%D9%A3%D9%A3%D9%A3&height=200"
+        odd = ("width=400", "width=-1&height=5", "width=99999&height=200", "width=4e2&height=200", of_another_script)
+        for query in odd:
             assert ask(server, "GET", f"/chart?run=stars&{query}")[0] == 400
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,6 @@ def make_newer(path: Path) -> None:
 
 
 def refuse_reading(monkeypatch, path: Path, number: int) -> None:
-    import os
-
     opened = Path.open
 
     def refusing(self, *args, **keys):
@@ -51,9 +50,16 @@ def test_where_all_are_damaged_each_start_says_so_and_changes_nothing(tmp_path):
     for step in (2, 4, 6):
         damage(folder_of(tmp_path, step))
     for _ in range(3):
-        with pytest.raises(ConfigError, match=r"every checkpoint.*is damaged \(3 of them\)") as caught:
+        with pytest.raises(ConfigError) as caught:
             Checkpoints(tmp_path, None).choose("latest")
-        assert "resume_from_checkpoint=none" in str(caught.value)
+        [problem] = caught.value.problems
+        start = f"every checkpoint in {tmp_path} is damaged (3 of them): checkpoint-6: "
+        assert problem.message.startswith(start)
+        assert problem.message.endswith("; nothing was changed")
+        assert problem.key == "resume_from_checkpoint"
+        assert problem.allowed == "latest, a whole checkpoint's path, or none for a fresh start"
+        way = "set resume_from_checkpoint=none: a fresh start, which deletes nothing"
+        assert problem.fix == f"copy a whole checkpoint back, or {way}"
         assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
@@ -63,7 +69,8 @@ def test_a_damaged_one_is_renamed_a_second_time_too_where_an_older_one_is_whole(
         damage(folder_of(tmp_path, 4))
         path, (notice,) = Checkpoints(tmp_path, None).choose("latest")
         assert path == tmp_path / "checkpoint-2"
-        assert name in notice
+        assert notice.startswith("checkpoint-4 is damaged (")
+        assert notice.endswith(f"); it was renamed to {name}")
     assert names(tmp_path) == ["checkpoint-2", "damaged-checkpoint-4", "damaged-checkpoint-4-2"]
 
 
@@ -77,8 +84,15 @@ def test_one_that_the_disk_refuses_to_read_is_reported_each_time_and_nothing_is_
     for _ in range(2):
         with monkeypatch.context() as patched:
             refuse_reading(patched, newest / what, number)
-            with pytest.raises(DataError, match=r"(?s)checkpoint-4.*cannot be read now.*=checkpoint-2") as caught:
+            with pytest.raises(DataError) as caught:
                 Checkpoints(tmp_path, None).choose("latest")
+        [problem] = caught.value.problems
+        of_what = "" if what == "manifest.json" else f"{what}: "
+        assert problem.message == f"cannot be read now: {of_what}{os.strerror(number)}; nothing was changed"
+        assert (problem.key, problem.file) == ("resume_from_checkpoint", str(newest))
+        way = "make it readable (its disk, permissions, or the newer version) and start again"
+        back = ", or go on from an older one: resume_from_checkpoint=checkpoint-2"
+        assert problem.fix == way + back
         assert caught.value.exit_code == 3
         assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert Checkpoints(tmp_path, None).choose("latest") == (newest, [])
@@ -87,8 +101,9 @@ def test_one_that_the_disk_refuses_to_read_is_reported_each_time_and_nothing_is_
 def test_one_that_a_newer_version_wrote_is_left_alone(tmp_path):
     make_newer(folder_of(tmp_path, 4))
     for _ in range(2):
-        with pytest.raises(DataError, match="a newer version of simpletuner wrote it"):
+        with pytest.raises(DataError, match=r"a newer version of simpletuner wrote it \(format 99\)") as caught:
             Checkpoints(tmp_path, None).choose("latest")
+        assert caught.value.problems[0].fix.endswith("start again")  # there is no older one
         assert names(tmp_path) == ["checkpoint-4"]
     folder_of(tmp_path, 2)
     assert Checkpoints(tmp_path, None).choose("checkpoint-2")[0] == tmp_path / "checkpoint-2"
@@ -99,3 +114,23 @@ def test_a_file_that_is_missing_is_damage(tmp_path):
     (folder_of(tmp_path, 4) / "weights").unlink()
     assert Checkpoints(tmp_path, None).choose("latest")[0] == tmp_path / "checkpoint-2"
     assert names(tmp_path) == ["checkpoint-2", "damaged-checkpoint-4"]
+
+
+def test_one_that_is_damaged_and_cannot_be_renamed_is_reported_and_the_older_one_taken(tmp_path, monkeypatch):
+    folder_of(tmp_path, 2)
+    damage(folder_of(tmp_path, 4))
+
+    def refuse(path, target):
+        raise DataError("no")
+
+    monkeypatch.setattr(storage, "move", refuse)
+    path, (notice,) = Checkpoints(tmp_path, None).choose("latest")
+    assert path == tmp_path / "checkpoint-2"
+    assert notice.startswith("checkpoint-4 is damaged (")
+    assert notice.endswith("), and cannot be renamed")
+
+
+def test_the_only_one_that_is_damaged_is_not_counted(tmp_path):
+    damage(folder_of(tmp_path, 4))
+    with pytest.raises(ConfigError, match=r"is damaged: checkpoint-4: "):
+        Checkpoints(tmp_path, None).choose("latest")

@@ -16,6 +16,7 @@ from simpletuner.training.loop import run_training
 from tests.toy import toy_run, weights_of
 
 ONE = {"a": (1.0, 3.0)}
+WAITS = (full_disk.RETRY_SECONDS, full_disk.POLL_SECONDS, full_disk.FIRST_PAUSE_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,10 @@ def test_a_checkpoint_is_tried_again_after_leftovers_are_removed(tmp_path, monke
     assert tries == ["checkpoint-3", "checkpoint-3"]
     assert [event.step for event in recorder.of(CheckpointSaved)] == [3]
     assert not stale.exists()
-    assert "1 stale files" in texts(recorder, "warning")[0]
+    assert texts(recorder, "warning")[0] == (
+        "checkpoint-3 could not be written, and is tried again: cannot be written: the disk is full; "
+        "1 stale files of earlier processes were removed"
+    )
 
 
 def test_without_the_option_a_disk_that_stays_full_ends_the_run_with_code_3(tmp_path, monkeypatch):
@@ -80,7 +84,8 @@ def test_with_it_the_run_waits_says_so_once_and_goes_on_to_the_same_bits(tmp_pat
     run_training(run)
     assert len(tries) == 6 + 4
     [paused] = texts(recorder, "error")
-    assert "the run is paused at step 1: checkpoint-1 cannot be written: the disk is full" in paused
+    place = f"It continues when there is room ({tmp_path / 'paused' / 'output'})"
+    assert paused == f"the run is paused at step 1: checkpoint-1 cannot be written: the disk is full. {place}"
     assert texts(recorder, "info")[-1] == "the run continues: checkpoint-1 is written"
     assert weights_of(run) == weights_of(straight)
 
@@ -93,8 +98,17 @@ def test_a_signal_ends_the_wait(tmp_path, monkeypatch):
             run.session.stop.received = signal.SIGTERM
 
     refuse_commits(monkeypatch, 99, before=stop)
-    with pytest.raises(DiskError, match="stopped while it waited for room"):
+    with pytest.raises(DiskError) as caught:
         run_training(run)
+    [problem] = caught.value.problems
+    assert problem.message == "stopped while it waited for room: checkpoint-3 cannot be written: the disk is full"
+    assert problem.file == str(tmp_path / "output" / "checkpoint-3")
+    assert problem.fix == "free some space; the same command continues from the checkpoint before"
+    assert caught.value.number == errno.ENOSPC
+
+
+def test_a_run_looks_for_room_twice_a_minute_and_for_a_signal_twice_a_second() -> None:
+    assert WAITS == (30.0, 0.5, 1.0)
 
 
 def test_an_error_that_cannot_pass_is_not_tried_again(tmp_path, monkeypatch):

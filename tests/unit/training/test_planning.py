@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from simpletuner.batch import Crop, PromptEmbeds
+from simpletuner.training.planning import settings as planning
 from simpletuner.training.planning.encoding import EncodingCost, TextCost, choose_texts, largest_references
 from simpletuner.training.planning.loads import _prompts_of_files, largest_load
+from simpletuner.training.planning.settings import Cost, Room
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -106,3 +108,179 @@ def test_embeddings_of_files_are_chosen_by_their_length(longest: bool, count: in
     data = [files(2, 5, 1, 1), files(4, 3)] if longest else [files(3), files(9), files(1)]
     found = _prompts_of_files(data, count, longest)
     assert [len(each.tensors["a"]) for each in found] == expected
+
+
+GIB = 1 << 30
+ROOMY, TIGHT = Room(10 * GIB, 8 * GIB, 11 * GIB), Room(10 * GIB, None, 11 * GIB)
+INT8 = {"base_model_precision": "int8-quanto"}
+RECOMPUTED = {"gradient_checkpointing": True, "gradient_checkpointing_interval": "auto"}
+OFFLOADED = {**RECOMPUTED, "gradient_checkpointing_backend": "unsloth"}
+SWAPPED = {**INT8, "gradient_checkpointing": True, "gradient_checkpointing_backend": "unsloth"}
+
+
+def bare(kind: type, **facts: Any) -> Any:
+    """A stage without what it measures."""
+    stage = object.__new__(kind)
+    for name, value in facts.items():
+        setattr(stage, name, value)
+    return stage
+
+
+@pytest.mark.parametrize("room", [ROOMY, TIGHT])
+def test_text_encoders_are_packed_the_large_ones_and_leave_where_main_memory_is_another(room: Room) -> None:
+    """Of 16, 4 and 3 bytes the last is smaller than a quarter of the largest, and stays as it is."""
+    keys = tuple(f"text_encoder_{number}_precision" for number in (1, 2, 3))
+    stage = bare(planning._Captions, room=room, encoders=keys, sizes=[16, 4, 3])
+    packed = dict.fromkeys(keys[:2], "int8-quanto")
+    offloaded = [{**packed, "text_encoder_offload": True}] if room is ROOMY else []
+    last = {**dict.fromkeys(keys[:2], "nf4-bnb"), "text_encoder_offload": room is ROOMY}
+    assert list(stage.ways(None)) == [{}, packed, *offloaded, last]
+    assert stage.last_resort() == "encode captions elsewhere (cache build), or give it more memory"
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_the_vae_takes_half_as_many_images_each_time_and_then_tiles(tiles: bool) -> None:
+    vae = SimpleNamespace(**({"enable_tiling": None} if tiles else {}))
+    stage = bare(planning._Vae, family=SimpleNamespace(empty_vae=lambda: vae))
+    for count, batches in ((6, [6, 3, 1]), (1, [1]), (4, [4, 2, 1])):
+        loaded: Any = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(vae_batch_size=count)))
+        expected: list[Any] = [{"vae_batch_size": each} for each in batches]
+        expected += [{"vae_batch_size": 1, "vae_enable_tiling": True}] if tiles else []
+        assert list(stage.ways(loaded)) == expected
+
+
+@pytest.mark.parametrize("room", [ROOMY, TIGHT])
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_ways_to_train_go_from_the_fastest_to_the_one_that_takes_least(
+    room: Room, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "repeated_blocks", lambda denoiser, classes: [None, None])
+    family = SimpleNamespace(spec=SimpleNamespace(block_classes=()))
+    stage = bare(planning._Training, room=room, family=family, denoiser=None)
+    expected: list[Any] = [
+        {"gradient_checkpointing": False, "activation_memory": level} for level in ("high", "low", "lowest")
+    ]
+    expected += [RECOMPUTED, *([OFFLOADED] if room is ROOMY else [])]
+    if model_type == "lora":
+        expected += [{**INT8, **RECOMPUTED}]
+        if room is ROOMY:
+            expected += [{**INT8, **OFFLOADED}, *({**SWAPPED, "musubi_blocks_to_swap": count} for count in (1, 2))]
+    for swaps in (False, True):
+        monkeypatch.setattr(planning, "swaps_blocks", lambda model, swaps=swaps: swaps)
+        loaded: Any = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(model_type=model_type)))
+        expected[3] = {"gradient_checkpointing": True} if swaps else RECOMPUTED
+        assert list(stage.ways(loaded)) == expected
+
+
+def test_settings_that_a_resume_keeps_are_those_that_decide_results() -> None:
+    packed = tuple(f"text_encoder_{number}_precision" for number in (1, 2, 3, 4))
+    assert ("base_model_precision", "vae_batch_size", "vae_enable_tiling", *packed) == planning.KEPT
+    assert (planning.PLANNED_SHARE, planning.CUDA_CONTEXT) == (0.94, 644245094)
+    assert (
+        *("activation_memory", "gradient_checkpointing", "gradient_checkpointing_interval"),
+        *("gradient_checkpointing_backend", "base_model_precision", "musubi_blocks_to_swap"),
+    ) == planning.TRAINING_KEYS
+    assert planning.VAE_KEYS == ("vae_batch_size", "vae_enable_tiling")
+
+
+def test_what_fits_fits_to_the_byte_and_is_told_with_main_memory() -> None:
+    assert Cost(10 * GIB, 8 * GIB).fits(ROOMY)
+    assert not Cost(10 * GIB + 1).fits(ROOMY)
+    assert not Cost(1, 8 * GIB + 1).fits(ROOMY)
+    assert Cost(1, 99 * GIB).fits(TIGHT)
+    assert str(Cost(GIB)) == "1.0 GiB"
+    assert str(Cost(GIB, 2 * GIB)) == "1.0 GiB and 2.0 GiB of main memory"
+
+
+def test_of_a_gpu_the_context_is_taken_off_and_of_all_six_percent_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 20 GiB; a limit of 10 in all; and a CPU, whose process holds 2 GiB already."""
+    monkeypatch.setattr(planning, "device_memory", lambda device: 20 * GIB)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIB))
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=2 * GIB))
+    monkeypatch.setattr(planning.psutil, "Process", lambda: process)
+    cuda, cpu, context = torch.device("cuda"), torch.device("cpu"), 644245094
+    main = int(0.94 * 100 * GIB)
+    assert Room.of("auto", cuda) == Room(int(0.94 * 20 * GIB), main, 20 * GIB)
+    assert Room.of("10", cuda) == Room(int(0.94 * (10 * GIB - context)), main, 10 * GIB - context)
+    assert Room.of("auto", cpu) == Room(int(0.94 * 20 * GIB), None, 22 * GIB)
+    assert Room.of("10", cpu) == Room(int(0.94 * 8 * GIB), None, 10 * GIB)
+    assert Room.of("1", cpu) == Room(0, None, 2 * GIB)
+    assert Room.of_other("auto", 24 * GIB) == Room(int(0.94 * (24 * GIB - context)), main, 24 * GIB - context)
+    assert Room.of_other("10", 24 * GIB) == Room(int(0.94 * (10 * GIB - context)), main, 10 * GIB - context)
+    assert Room.of_other("auto", 1) == Room(0, main, 0)
+
+
+class Stage(planning._Stage):
+    """Two ways; each option takes so many GiB less than 12."""
+
+    name, keys = "trying", ("a", "b")
+    saves = {"a": 1, "b": 1}
+    main = 0
+
+    def ways(self, loaded: Any) -> Any:
+        yield from ({}, {"a": 1}, {"a": 1}, {"a": 1, "b": True})
+
+    def cost(self, loaded: Any) -> Cost:
+        return Cost((12 - sum(self.saves[key] for key in loaded.now)) * GIB, self.main * GIB)
+
+
+class Loaded:
+    """A run of two options; `written` are somebody's."""
+
+    def __init__(self, now: dict[str, Any], written: tuple[str, ...] = ()):
+        self.now, self.written = now, written
+        self.config = SimpleNamespace(value=lambda key: None)
+
+    def origin(self, key: str) -> Any:
+        return SimpleNamespace(kind="file" if key in self.written else "default", __str__=lambda self: "config")
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(planning, "with_settings", lambda loaded, way: Loaded(way, loaded.written))
+    monkeypatch.setattr(planning, "without", lambda loaded, keys: Loaded({}, tuple({*loaded.written} - {*keys})))
+    monkeypatch.setattr(planning, "is_sound", lambda tried, spec: True)
+
+    def make(room: Room, *written: str) -> Stage:
+        family: Any = SimpleNamespace(spec=None)
+        loaded: Any = Loaded({}, written)
+        return Stage(loaded, family, [], room)
+
+    return make
+
+
+def test_the_first_way_that_fits_is_chosen_and_those_before_it_are_told(stage: Any) -> None:
+    choice = stage(Room(11 * GIB, None, 0)).choose()
+    assert choice.settings == {"a": 1}
+    assert choice.lines == (
+        "trying: 11.0 GiB with a 1",
+        "trying: it does not fit, which takes 12.0 GiB",
+    )
+    assert choice.lacking == ()
+    assert stage(Room(12 * GIB, None, 0)).choose().settings == {}
+
+
+def test_where_none_fits_the_last_is_chosen_and_what_is_missing_told(stage: Any) -> None:
+    [problem] = stage(Room(9 * GIB, None, 0)).choose().lacking
+    told = "trying takes 10.0 GiB at least with a 1, b true"
+    assert problem.message == f"{told}: 1.0 GiB more than the 9.0 GiB planned"
+    assert (problem.key, problem.fix) == ("memory", "lower train_batch_size or resolution, or give it more memory")
+    short = stage(Room(10 * GIB, 2 * GIB, 0))
+    short.main = 3
+    [problem] = short.choose().lacking
+    assert problem.message == (
+        "trying takes 10.0 GiB and 3.0 GiB of main memory at least with a 1, b true: "
+        "1.0 GiB of main memory more than there is"
+    )
+
+
+def test_a_written_option_without_which_it_would_fit_is_named(stage: Any) -> None:
+    limited = stage(Room(10 * GIB, None, 0), "b")
+    [problem] = limited.choose().lacking
+    assert problem.message.startswith("trying takes 11.0 GiB at least with a 1: 1.0 GiB more")
+    assert problem.fix.startswith("remove b (")
+    assert ": it fits with a 1, b true; or lower train_batch_size" in problem.fix
+    both = stage(Room(10 * GIB, None, 0), "a", "b")
+    [problem] = both.choose().lacking
+    assert problem.fix.startswith("remove a (")
+    assert ", b (" in problem.fix

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from simpletuner import storage
 from simpletuner.errors import DataError
 from simpletuner.training.checkpoint import Checkpoints
-from simpletuner.training.earlier_runs import delete_command, earlier_size, finish_move, move_earlier
-from simpletuner.training.run_files import belongings
+from simpletuner.training.earlier_runs import delete_command, earlier_size, finish_move, move_aside, move_earlier
+from simpletuner.training.run_files import belongings, final_step, read_data_reports, step_of
 from simpletuner.training.run_history import (
     Branch,
     FolderGuard,
@@ -73,7 +75,7 @@ def test_a_copy_of_the_checkpoints_alone_is_the_same_run(tmp_path: Path):
     paths = [checkpoint(tmp_path, 2, RunHistory("run", (Branch("a", 0),))), checkpoint(tmp_path, 6, HISTORY)]
     found, lines = find_run_history(tmp_path, paths)
     assert found == HISTORY
-    assert "run run is continued from what checkpoint-6 says" in lines[0]
+    assert lines == ["run_history.json is missing: run run is continued from what checkpoint-6 says"]
 
 
 def test_the_checkpoint_of_the_highest_step_says_the_branches_whatever_the_best_one_is_called(tmp_path: Path):
@@ -89,12 +91,17 @@ def test_the_checkpoint_of_the_highest_step_says_the_branches_whatever_the_best_
 def test_checkpoints_of_an_earlier_version_are_adopted_and_those_of_several_runs_are_not(tmp_path: Path):
     found, lines = find_run_history(tmp_path, [checkpoint(tmp_path, 2, None)])
     assert found.owns(None, 2)
-    assert "adopted as run" in lines[0]
+    assert lines == [f"{tmp_path} was written by an earlier version of simpletuner: adopted as run {found.run_id}"]
+    assert found.branches[0].after_step == 0
     of_several = [checkpoint(tmp_path, 4, HISTORY), checkpoint(tmp_path, 6, RunHistory.new())]
     found, lines = find_run_history(tmp_path, of_several)
     assert not found.owns(Mark("run", "c"), 4)
     assert not found.owns(None, 2)
     assert lines == []
+    empty, lines = find_run_history(tmp_path / "empty", [])
+    assert empty.owns(None, 2)
+    assert lines == []
+    assert len({each.run_id for each in (empty, found, RunHistory.new())}) == 3
 
 
 def used_folder(folder: Path) -> None:
@@ -130,8 +137,8 @@ def test_a_fresh_start_moves_all_of_a_run_and_nothing_else(tmp_path: Path):
     new = RunHistory.new()
     line = move_earlier(tmp_path, new, None)
     folder = tmp_path / "earlier-runs" / "1-run"
-    assert line is not None
-    assert str(folder) in line
+    count = len(belongings(folder, None))
+    assert line == f"what an earlier run left here is now in {folder} ({count} files and folders); nothing was deleted"
     kept = {"config.json", "notes.txt", ".lock"}
     assert content(folder) == {name: data for name, data in before.items() if name not in kept}
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "run_history.json", "earlier-runs"}
@@ -141,8 +148,12 @@ def test_a_fresh_start_moves_all_of_a_run_and_nothing_else(tmp_path: Path):
 
 def test_going_back_moves_what_lies_after_the_step_and_copies_the_records(tmp_path: Path):
     used_folder(tmp_path)
-    move_earlier(tmp_path, HISTORY.branched(2), 2)
+    count = len(belongings(tmp_path, 2))
+    line = move_earlier(tmp_path, HISTORY.branched(2), 2)
     folder = tmp_path / "earlier-runs" / "1-run-after-step-2"
+    end = f"is now in {folder} ({count} files and folders); nothing was deleted"
+    assert line == f"what this run made after step 2 {end}"
+    assert read_run_history(folder) == HISTORY
     moved = {"checkpoint-4", "checkpoint-best", "ema", "report.html", "loss.png", "before_after.png", "hub_upload.json"}
     assert {*moved, "wandb_run.json"} <= {path.name for path in folder.iterdir()}
     assert not {path.name for path in tmp_path.iterdir()} & {*moved, "wandb_run.json"}
@@ -176,7 +187,9 @@ def test_a_move_over_which_the_process_dies_is_finished_by_the_next_start(tmp_pa
             patched.setattr(storage, "move", move)
             with pytest.raises(KeyboardInterrupt):
                 move_earlier(folder, HISTORY.branched(2), after_step)
-        assert "is finished" in (finish_move(folder) or "")
+        [moved] = (folder / "earlier-runs").iterdir()
+        assert finish_move(folder) == f"a move to {moved} that was interrupted is finished"
+        assert "moving" not in storage.read_json(folder / "run_history.json")
         assert belongings(folder, after_step) == []
         assert before <= {*content(folder).values()}
         assert len(list((folder / "earlier-runs").iterdir())) == 1
@@ -192,6 +205,85 @@ def test_what_earlier_runs_take_is_counted_and_a_command_deletes_it(tmp_path: Pa
     move_earlier(tmp_path, RunHistory.new(), None)
     assert earlier_size(tmp_path) == (1, size)
     assert delete_command(tmp_path) == f"rm -r {tmp_path}/earlier-runs"
+    assert delete_command(Path("my runs")) == "rm -r 'my runs/earlier-runs'"
+    (tmp_path / "earlier-runs" / "link").symlink_to(tmp_path / "config.json")
+    assert earlier_size(tmp_path) == (1, size)  # what a link points to is not there
+
+
+def test_what_a_start_has_replaced_already_lies_with_the_run_that_it_was_of(tmp_path: Path):
+    used_folder(tmp_path)
+    for name in ("dataset_report.json", "dataset_set_aside.jsonl"):
+        (tmp_path / name).write_text(f"earlier {name}")
+    reports = read_data_reports(tmp_path)
+    assert sorted(reports) == ["dataset_report.json", "dataset_set_aside.jsonl"]
+    (tmp_path / "dataset_set_aside.jsonl").unlink()
+    assert list(read_data_reports(tmp_path)) == ["dataset_report.json"]
+    move_earlier(tmp_path, RunHistory.new(), None, reports)
+    for name in reports:
+        assert (tmp_path / "earlier-runs" / "1-run" / name).read_text() == f"earlier {name}"
+    assert (tmp_path / "dataset_report.json").is_file()
+
+
+def test_folders_of_earlier_runs_are_numbered_and_none_is_taken_twice(tmp_path: Path):
+    for number in (1, 3):
+        (tmp_path / f"earlier-runs/{number}-run").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    move_aside(tmp_path, tmp_path / "other")  # two are there, and the third number is taken
+    (tmp_path / "file").write_text("y")
+    move_aside(tmp_path, tmp_path / "file")
+    names = {path.relative_to(tmp_path / "earlier-runs").as_posix() for path in tmp_path.rglob("earlier-runs/*/*")}
+    assert names == {"4-run/other", "5-run/file"}
+
+
+def test_all_that_a_run_can_have_left_is_its_own_and_nothing_else(tmp_path: Path):
+    """The names as users and earlier versions know them."""
+    files = [
+        *("before_after.png", "all_steps.png", "loss.png", "report.html", "metrics.csv", "eval_losses.json"),
+        *("run.lock.json", "pytorch_lora_weights.safetensors", "final_weights.json", "wandb_run.json"),
+        *("hub_upload.json", "validation_external.log", "metrics.1.jsonl"),
+    ]
+    folders = [
+        *("checkpoint-7", "checkpoint-best", "pipeline", "ema", "logs", "validation_images", "benchmarks", "wandb"),
+        *("hub_upload", "webhooks", "contact_sheet", "damaged-checkpoint-4", "earlier-checkpoint-best-2"),
+    ]
+    others = ["checkpoint-x", "my-checkpoint-1", "dataset_report.json", "metrics.x.jsonl", "damaged-", "notes.txt"]
+    for name in [*files, *others]:
+        (tmp_path / name).write_text("x")
+    for name in folders:
+        (tmp_path / name / "a").mkdir(parents=True)
+    assert belongings(tmp_path, None) == sorted(tmp_path / name for name in files)  # folders of nothing are nothing
+    for name in folders:
+        (tmp_path / name / "a" / "file").write_text("x")
+    (tmp_path / "metrics.jsonl").write_text('{"event": "notice"}\n')  # of a start that failed before a run began
+    assert belongings(tmp_path, None) == sorted(tmp_path / name for name in [*files, *folders])
+    (tmp_path / "metrics.jsonl").write_text('{"event": "run_started"}\n')
+    assert tmp_path / "metrics.jsonl" in belongings(tmp_path, None)
+    assert belongings(tmp_path / "nowhere", None) == []
+
+
+def test_final_weights_say_their_step_and_what_says_none_lies_after_every_step(tmp_path: Path):
+    assert final_step(tmp_path) is None
+    adapter = tmp_path / "pytorch_lora_weights.safetensors"
+    adapter.write_bytes(b"damaged")
+    assert (step_of(adapter), final_step(tmp_path)) == (-1, -1)
+    assert adapter in belongings(tmp_path, 3)
+    save_file({"a": torch.zeros(1)}, adapter, {"global_step": "3"})
+    assert (step_of(adapter), final_step(tmp_path)) == (3, 3)
+    assert belongings(tmp_path, 3) == []
+    assert belongings(tmp_path, 2) == [adapter]
+    with storage.commit_dir(tmp_path / "pipeline", {"global_step": 5}) as folder:
+        (folder / "weights").write_text("x")
+    assert (step_of(tmp_path / "pipeline"), final_step(tmp_path)) == (5, 5)
+    (tmp_path / "ema").mkdir()
+    assert step_of(tmp_path / "ema") == -1
+    adapter.rename(tmp_path / "ema" / adapter.name)
+    (tmp_path / "pipeline").rename(tmp_path / "ema" / "pipeline")
+    assert step_of(tmp_path / "ema") == 5
+    (tmp_path / "final_weights.json").write_text('{"step": 0}')
+    assert belongings(tmp_path, 0) == [tmp_path / "ema"]
+    (tmp_path / "final_weights.json").write_text('{"stop": 0}')
+    assert belongings(tmp_path, 5) == [tmp_path / "final_weights.json"]
 
 
 @pytest.mark.parametrize("event", ["rename", "replace"])
@@ -228,3 +320,22 @@ def test_earlier_runs_that_is_no_folder_of_this_disk_is_refused_before_anything_
     place.unlink()
     assert content(tmp_path) == before
     assert finish_move(tmp_path) is None
+
+
+def test_a_folder_that_a_network_shows_under_another_number_is_the_same_one(tmp_path: Path, monkeypatch):
+    storage.write_json(tmp_path / "run_history.json", HISTORY.to_json())
+    guard = FolderGuard(tmp_path)
+    (tmp_path / "away").mkdir()
+    look = FolderGuard._look
+    monkeypatch.setattr(FolderGuard, "_look", lambda self: (1, 2))
+    assert guard.is_there()
+    storage.write_json(tmp_path / "run_history.json", RunHistory.new().to_json())
+    assert guard.is_there()  # it has that number now
+    monkeypatch.setattr(FolderGuard, "_look", look)
+    assert not guard.is_there()
+
+    def away(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", away)
+    assert guard.is_there()

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, Offloading
-from simpletuner.training.swapping import NUM_BUFFERS, SwappedBlocks
+from simpletuner.training.streams import SameLane, lane_of, pin_in_place
+from simpletuner.training.swapping import (
+    ALIGNMENT,
+    NUM_BUFFERS,
+    FlatWeights,
+    Swapped,
+    SwappedBlocks,
+    move_with_swap,
+)
 
 CPU = torch.device("cpu")
 
@@ -221,3 +232,98 @@ def test_the_weights_of_an_adapter_beside_a_layer_are_no_activations(omnigen_fol
     own = [each for name, each in adapter.trainable_parameters().items() if "layers_0_" in name]
     assert own
     assert {id(each) for each in own} <= of_block
+
+
+def test_a_gpu_s_copies_begin_behind_what_is_queued_and_leave_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[Any, ...]] = []
+
+    class Stream:
+        def __init__(self, name: Any):
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            log.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event: Any) -> None:
+            log.append((self.name, "waits for mark", event.stream))
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            self.stream = stream.name
+            log.append(("mark", stream.name))
+
+    @contextmanager
+    def stream(given: Any) -> Iterator[None]:
+        log.append(("in", given.name))
+        yield
+        log.append(("out", given.name))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"copies of {device}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"work of {device}"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    lane = lane_of(torch.device("cuda", 1))
+    lane.wait(lane.copy(lambda: log.append(("copy",))))
+    copies, work = "copies of cuda:1", "work of cuda:1"
+    assert log == [
+        (copies, "waits for", work),
+        ("in", copies),
+        ("copy",),
+        ("mark", copies),
+        ("out", copies),
+        (work, "waits for mark", copies),
+    ]
+    assert isinstance(lane_of(CPU), SameLane)
+
+
+def test_memory_is_pinned_to_the_byte_and_a_refusal_names_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, int]] = []
+    answer = 0
+
+    def register(*given: int) -> int:
+        calls.append(given)
+        return answer
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    tensor, nothing = torch.zeros(3, dtype=torch.float64), torch.zeros(0)
+    assert pin_in_place(tensor) is tensor
+    assert pin_in_place(nothing) is nothing
+    assert calls == [(tensor.data_ptr(), 24, 0)]
+    answer = 2
+    large = torch.empty(3 << 29, dtype=torch.uint8, device="meta")
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
+    with pytest.raises(DataError) as caught:
+        pin_in_place(large)
+    [problem] = caught.value.problems
+    assert problem.message == "1.5 GiB of main memory cannot be pinned for copies to the GPU (CUDA error 2)"
+    assert problem.key == "musubi_blocks_to_swap"
+    assert problem.fix == "raise the limit of locked memory (ulimit -l unlimited), or swap fewer blocks"
+
+
+def test_frozen_weights_lie_at_multiples_of_the_alignment_and_stay_the_block_s_own() -> None:
+    """By hand: 15 numbers of 4 bytes, then 5: the second begins at the next multiple."""
+    [_, block] = numbered_blocks(2)
+    block.requires_grad_(False)
+    flat = FlatWeights(block, pins=False)
+    assert ALIGNMENT == 256
+    assert flat.num_bytes == 512
+    assert block.weight.data_ptr() == flat.flat.data_ptr()
+    assert block.bias.data_ptr() == flat.flat.data_ptr() + 256
+    assert block.weight.tolist() == [[1.0] * 3] * 5
+    assert block.bias.tolist() == [101.0] * 5
+    assert {name: tuple(view.shape) for name, view in flat.views(flat.flat).items()} == {"weight": (5, 3), "bias": (5,)}
+
+
+def test_the_last_blocks_are_swapped_and_no_more_than_there_are() -> None:
+    blocks = [block.requires_grad_(False) for block in numbered_blocks(4)]
+    net = nn.Sequential(*blocks)
+    assert move_with_swap(net, ("Linear",), 0, CPU) is None
+    swap = move_with_swap(net, ("Linear",), 3, CPU)
+    assert [isinstance(block.forward, Swapped) for block in blocks] == [False, True, True, True]
+    assert [weights.views(weights.flat)["bias"][0].item() for weights in swap.weights] == [101.0, 102.0, 103.0]
+    assert len(swap.buffers) == NUM_BUFFERS == 2
+    with pytest.raises(ConfigError) as caught:
+        move_with_swap(net, ("Linear",), 5, CPU)
+    [problem] = caught.value.problems
+    assert problem.message == "5 blocks cannot be swapped: Sequential has 4"
+    assert (problem.key, problem.allowed) == ("musubi_blocks_to_swap", "0 to 4")

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 from simpletuner.errors import DataError
-from simpletuner.validation.clip_score import ClipScorer
+from simpletuner.validation.clip_score import BATCH_SIZE, DEFAULT_MODEL, ClipScorer
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest
 from simpletuner.validation.sampling import GeneratedImage
 from tests.tiny import tiny_clip_folder
@@ -62,6 +62,7 @@ def test_scores_are_those_of_the_model_fed_by_hand(folder: Path) -> None:
 def test_a_score_depends_on_image_and_prompt_but_not_on_its_neighbors(folder: Path) -> None:
     scorer = ClipScorer(str(folder), torch.device("cpu"))
     images = [generated("a cat", (200, 30, number)) for number in range(0, 180, 20)]  # more than one batch
+    assert len(images) == BATCH_SIZE + 1 == 9
     together = scorer.score(images)
     assert together == pytest.approx([scorer.score([each])[0] for each in images], abs=1e-4)
     assert scorer.score([generated("a cat", (200, 30, 0), (64, 32))]) != together[:1]
@@ -91,7 +92,39 @@ def test_what_is_missing_is_named(tmp_path: Path, part: str) -> None:
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(DataError) as caught:
         ClipScorer(str(folder), torch.device("cpu")).score([generated("a cat", (1, 2, 3))])
-    assert caught.value.problems[0].key == "pretrained_evaluation_model_name_or_path"
+    [problem] = caught.value.problems
+    assert problem.key == "pretrained_evaluation_model_name_or_path"
+    if part == "tokenizer.json":
+        assert problem.fix == "complete the folder with the tokenizer's files"
+    else:
+        assert problem.fix == 'name another one, or set evaluation_type to "none"'
+        assert problem.allowed == "a folder or hub id of a CLIP model with safetensors weights"
+        assert problem.message.startswith(f"cannot load the CLIP model {folder}: ")
+
+
+def test_without_a_name_images_are_scored_by_openai_s_large_model() -> None:
+    assert DEFAULT_MODEL == "openai/clip-vit-large-patch14"
+
+
+def test_a_large_scorer_is_freed_after_its_images_and_a_small_one_stays(folder: Path, monkeypatch) -> None:
+    scorer = ClipScorer(str(folder), torch.device("cpu"))
+    scorer.score([generated("a cat", (1, 2, 3))])
+    model = scorer._model
+    assert model is not None
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    given: list[torch.device] = []
+    monkeypatch.setattr("simpletuner.validation.clip_score.give_back_memory", given.append)
+    monkeypatch.setattr("simpletuner.validation.clip_score.num_bytes", lambda model: size)
+    monkeypatch.setattr("simpletuner.validation.clip_score.SMALL_BYTES", size)
+    scorer.score([generated("a cat", (1, 2, 3))])
+    assert scorer._model is model
+    monkeypatch.setattr("simpletuner.validation.clip_score.SMALL_BYTES", size - 1)
+    scorer.score([generated("a cat", (1, 2, 3))])
+    assert scorer._model is None
+    assert given == [torch.device("cpu")]
 
 
 def test_opposite_directions_score_nothing_and_equal_ones_a_hundred(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -73,14 +74,24 @@ def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts
     assert script.start(20) == []
     assert script._process is not None
     assert script._process.poll() is None  # who had waited for it would find it ended
-    assert "still works on an earlier step" in scripts.reported[0]
+    assert scripts.reported == ["step 20: validation_external_script still works on an earlier step; not started"]
     process = script._process
     assert process is not None
     process.kill()
     process.wait()
     assert script.start(30)
-    assert "ended with exit code -9" in scripts.reported[1]
+    assert scripts.reported[1:] == [
+        f"validation_external_script ended with exit code -9; see {scripts.tmp_path / 'validation_external.log'}"
+    ]
     script._process.kill()
+    script._process.wait()
+    script._process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    script._process.wait()
+    words = python("import time; time.sleep(30)")
+    assert script.start(40) == shlex.split(words)
+    assert len(scripts.reported) == 2  # one that has ended well is not reported
+    script._process.kill()
+    assert (script.has_generated(40), script.write_summaries(40)) == (True, {})
 
 
 def test_what_it_prints_is_kept_and_a_missing_program_is_reported(scripts: Scripts, tmp_path: Path) -> None:
@@ -92,6 +103,6 @@ def test_what_it_prints_is_kept_and_a_missing_program_is_reported(scripts: Scrip
 
 def test_it_waits_for_the_first_checkpoint_where_it_asks_for_one(scripts: Scripts) -> None:
     assert scripts.make("generate {local_checkpoint_path}").start(1) == []
-    assert "there is no checkpoint yet" in scripts.reported[0]
+    assert scripts.reported == ["step 1: there is no checkpoint yet; validation_external_script was not started"]
     scripts.make("draw").run(None, None, None, 0)
     assert len(scripts.reported) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,49 @@ def test_new_images_come_behind_the_highest_number_in_the_folder(tmp_path: Path)
     for name in ("0001.png", "0007.png", "cat.png"):
         (tmp_path / name).touch()
     assert [path.name for path in output_paths(tmp_path, 2)] == ["0008.png", "0009.png"]
+    assert output_paths(tmp_path / "model-v1.5", 1) == [tmp_path / "model-v1.5" / "0000.png"]
+
+
+def test_an_image_has_the_seed_that_is_written_and_the_strength_that_was_learned():
+    assert (GenerationRequest(("a",), OPTIONS).seed, GenerationRequest(("a",), OPTIONS).count) == (42, 1)
+    assert signature(generate_images).parameters["strength"].default == 1.0
+
+
+def test_prompts_of_a_family_that_keeps_them_are_encoded_before_the_denoiser_is_loaded(
+    omnigen_folder: Path, tmp_path: Path, monkeypatch
+):
+    """With the references as the family shows them to its encoder, and its own word for no prompt."""
+    spec = replace(OMNIGEN, caches_prompt_embeds=True)
+    family = OmniGen(spec, ModelSource(str(omnigen_folder)), torch.device("cpu"), torch.float32)
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "cat.png")
+    given: list[Any] = []
+
+    def ahead(*arguments: Any) -> None:
+        given.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(family, "prompt_image", lambda image: image.getpixel((0, 0)), raising=False)
+    monkeypatch.setattr("simpletuner.validation.generate.PromptsAhead", ahead)
+    with pytest.raises(InterruptedError):
+        generate_images(family, replace(GENERATION, references=(tmp_path / "cat.png",)), None, tmp_path)
+    assert given == [(family, ["a star", "a circle", "<cfg>"], [(9, 8, 7)])]
+
+
+def test_more_references_than_a_family_takes_are_refused(omnigen_folder: Path, tmp_path: Path):
+    spec = replace(OMNIGEN, max_references=1)
+    family = OmniGen(spec, ModelSource(str(omnigen_folder)), torch.device("cpu"), torch.float32)
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
+    one = (tmp_path / "cat.png",)
+    with pytest.raises(ConfigError) as refusal:
+        requests_of(replace(GENERATION, references=one * 2), family, print)
+    [problem] = refusal.value.problems
+    assert problem.message == f"2 reference images are too many for {OMNIGEN.title}"
+    assert (problem.key, problem.allowed) == ("--reference", "at most 1")
+    requests = requests_of(replace(GENERATION, references=one), family, list().append)
+    assert [each.name for request in requests for each in request.references] == [str(one[0])] * 4
+    assert [(request.shortname, request.height, request.width) for request in requests] == [
+        *(("image-0", 32, 32), ("image-0", 32, 32), ("image-1", 32, 32), ("image-1", 32, 32))
+    ]
 
 
 def test_the_images_of_each_prompt_have_the_seeds_that_follow_its_first(family: OmniGen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -78,6 +79,19 @@ def test_images_of_the_ema_are_those_of_a_model_that_holds_it(name: str) -> None
     assert float((live - expected).abs().max()) > 1e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(again, live, rtol=0, atol=0)
+
+
+def test_the_generators_of_a_gpu_are_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's are kept in any case."""
+    kept: list[list[torch.device]] = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append(devices) or nullcontext())
+    net = nn.Linear(1, 1)
+    for device in (torch.device("cuda", 1), CPU):
+        with undisturbed(net, device, "no"):
+            assert not torch.is_grad_enabled()
+            assert not net.training
+    assert net.training
+    assert kept == [[torch.device("cuda", 1)], []]
 
 
 @pytest.mark.parametrize("name", ["DoRA", "all weights"])

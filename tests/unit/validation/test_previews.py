@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.reporting.events import PreviewMade
 from simpletuner.validation.files import ImageFiles
-from simpletuner.validation.previews import Previews, foreseen, sampler_sigmas
+from simpletuner.validation.previews import Previews, _noise_share, foreseen, sampler_sigmas, to_images
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest
 from simpletuner.validation.sampling import make_images
 
@@ -144,6 +145,37 @@ def test_a_sampler_with_its_own_history_shows_its_latents_as_they_are(tmp_path: 
     assert [tensor.mean() for tensor in recorder.shown] == [1.0, 3.0]
     assert [(event.sampling_step, event.sigma) for event in recorder.events] == [(2, 0.5), (4, 0.0)]
     assert recorder.events[0].image.path.name == "step_10_a_0_8x8_ema_at_2.png"
+
+
+def test_a_preview_of_every_third_step_compares_it_with_the_step_before(tmp_path: Path) -> None:
+    """By hand: sigmas 1, 0.8, 0.6, 0.4, 0.2, 0; clean 2, noise 10: latents are (1 - sigma) * 2 + sigma * 10."""
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    flow = type("FlowMatchEulerDiscreteScheduler", (), {})()
+    flow.config, flow.sigmas, flow.timesteps = {}, torch.tensor(sigmas), torch.arange(5)
+    recorder = Recorder(tmp_path, 3)
+    callback = recorder.watch(10, "ema")([ImageRequest("a", "p", 8, 8, 1, GenerationSettings(5, 1.0))])
+    for index, sigma in enumerate(sigmas[1:]):
+        latents = torch.full((1, 4, 1, 1), (1 - sigma) * 2 + sigma * 10)
+        callback(SimpleNamespace(scheduler=flow), index, 0, {"latents": latents})
+    [shown] = recorder.shown
+    assert shown.mean().item() == pytest.approx(2.0, abs=1e-4)
+    [event] = recorder.events
+    assert (event.step, event.sampling_step, event.num_sampling_steps) == (10, 3, 5)
+    assert event.sigma == pytest.approx(0.4)
+
+
+def test_the_noise_that_is_left_is_counted_as_the_flow_counts_it() -> None:
+    assert _noise_share(None, 0, "epsilon", 4) == 0.75
+    assert _noise_share([9.0, 3.0], 0, "epsilon", 1) == 0.75
+    assert _noise_share([1.0, 0.25], 0, "flow", 1) == 0.25
+    assert _noise_share([math.inf, math.inf], 0, "epsilon", 1) == 1.0
+
+
+def test_pixels_from_minus_one_to_one_are_shades_from_0_to_255_and_others_are_clipped() -> None:
+    pixels = torch.tensor([-1.0, 1.0, -3.0, 3.0, 0.0, 0.5]).repeat(1, 3, 2, 1)
+    [image] = to_images(pixels)
+    assert image.size == (6, 2)
+    assert [image.getpixel((x, 1))[2] for x in range(6)] == [0, 255, 0, 255, 128, 191]
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
+from PIL import Image
 
 from simpletuner.config.builtin_prompts import BUILTIN_PROMPTS
 from simpletuner.config.options import TrainConfig
 from simpletuner.config.prompt_library import LibraryPrompt
-from simpletuner.errors import ConfigError
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.validation.prompts import (
     GenerationSettings,
     ImageRequest,
+    SkippedLayers,
     requests_from_config,
     reseeded,
     rounded_sizes,
 )
+from simpletuner.validation.references import ReferenceImage
 from tests.configs import config_of
 
 
@@ -55,8 +61,7 @@ def test_every_prompt_is_drawn_at_every_size_height_first():
 def test_a_number_is_a_square_and_odd_sizes_are_rounded_with_a_notice():
     requests, notices = requests_from_config(settings(validation_resolution="64,70x100"), None, 16)
     assert [(r.height, r.width) for r in requests] == [(64, 64), (96, 64)]
-    assert len(notices) == 1
-    assert "70x100 becomes 64x96" in notices[0]
+    assert notices == ["70x100 becomes 64x96: this model's sides are multiples of 16"]
 
 
 def test_sizes_that_become_equal_are_drawn_once():
@@ -77,8 +82,10 @@ def test_no_prompt_or_disabled_validation_draws_nothing(config: TrainConfig):
 def test_a_size_beyond_the_family_is_refused_by_key():
     with pytest.raises(ConfigError) as caught:
         requests_from_config(settings(validation_resolution="4096x64"), None, 16, max_size=3072)
-    assert caught.value.problems[0].key == "validation_resolution"
-    assert "3072" in str(caught.value)
+    [problem] = caught.value.problems
+    assert (problem.key, problem.allowed) == ("validation_resolution", "sides up to 3072 pixels")
+    assert problem.message == "4096x64 is larger than this model can generate"
+    assert requests_from_config(settings(validation_resolution="3072x64"), None, 16, max_size=3072)[0]
 
 
 def test_a_shortname_cannot_leave_its_folder():
@@ -101,6 +108,52 @@ def test_what_a_prompt_says_of_itself_comes_before_the_configuration():
     ]
     assert {r.settings for r in dogs} == {GenerationSettings(5, 0.0, "")}
     assert {r.adapter_strength for r in dogs} == {0.0}
+
+
+def test_every_option_of_guidance_is_one_of_the_pipeline_s_arguments():
+    skipped = {"layers": (1, 2), "scale": 1.5, "layers_start": 0.25, "layers_stop": 0.75}
+    options = {
+        "validation_guidance_rescale": 0.7,
+        "validation_guidance_real": 3.0,
+        "validation_guidance_image": 1.25,
+        **{f"validation_guidance_skip_{name}": value for name, value in skipped.items()},
+    }
+    [request], _ = requests_from_config(settings(**options), None, 16)
+    assert request.settings.arguments() == {
+        "negative_prompt": "bad",
+        "num_inference_steps": 20,
+        "guidance_scale": 2.5,
+        "guidance_rescale": 0.7,
+        "true_cfg_scale": 3.0,
+        "img_guidance_scale": 1.25,
+        "skip_guidance_layers": [1, 2],
+        "skip_layer_guidance_scale": 1.5,
+        "skip_layer_guidance_start": 0.25,
+        "skip_layer_guidance_stop": 0.75,
+    }
+    bare = {"negative_prompt": None, "num_inference_steps": 4, "guidance_scale": 0.0}
+    assert GenerationSettings(4, 0.0).arguments() == bare
+    assert SkippedLayers((7,)) == SkippedLayers((7,), 2.8, 0.01, 0.2)
+
+
+def test_prompts_see_the_references_of_the_run_unless_they_name_their_own(tmp_path: Path):
+    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "own.png")
+    run = (ReferenceImage("run.png", "0" * 64, Image.new("RGB", (2, 2))),)
+    own = LibraryPrompt("it as a drawing", references=(str(tmp_path / "own.png"),))
+    none = LibraryPrompt("from nothing", references=())
+    config = settings(validation_disable_unconditional=False)
+    requests, _ = requests_from_config(config, {"own": own, "none": none}, 16, references=run)
+    names = {r.shortname: [each.name for each in r.references] for r in requests}
+    assert names == {"validation": ["run.png"], "own": [str(tmp_path / "own.png")], "none": [], "unconditional": []}
+    [seen] = requests[1].references
+    assert seen.digest == hashlib.sha256((tmp_path / "own.png").read_bytes()).hexdigest()
+    assert seen.image.getpixel((0, 0)) == (9, 8, 7)
+    missing = LibraryPrompt("of no image", references=(str(tmp_path / "no.png"),))
+    with pytest.raises(DataError) as caught:
+        requests_from_config(config, {"lost": missing}, 16)
+    [problem] = caught.value.problems
+    assert (problem.key, problem.fix) == ("lost.references", "name another image")
+    assert problem.message.startswith(f"the image {tmp_path / 'no.png'} cannot be used: ")
 
 
 def test_several_images_of_a_prompt_have_seeds_that_count_up():

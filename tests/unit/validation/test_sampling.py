@@ -16,6 +16,7 @@ from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest, SkippedLayers
+from simpletuner.validation.references import ReferenceImage
 from simpletuner.validation.sampling import batch_size_for, make_images
 
 
@@ -68,6 +69,17 @@ def test_images_with_other_settings_have_a_call_of_their_own_and_rare_arguments_
     assert calls[8]["negative_prompt"] is None
 
 
+def test_images_with_references_of_one_size_share_a_call_and_each_is_given_its_own():
+    small, large = (ReferenceImage(str(side), "", Image.new("RGB", (side, side))) for side in (4, 8))
+    shown = [(small,), (large,), (small,), ()]
+    requests = [replace(REQUESTS[0], seed=n, references=each) for n, each in enumerate(shown)]
+    pipeline = CountingPipeline()
+    images = make_images(pipeline, requests, batch_size=4)
+    assert [image.request for image in images] == requests
+    given = [[[image.size[0] for image in row] for row in call.get("references", [])] for call in pipeline.calls]
+    assert given == [[], [[4], [4]], [[8]]]
+
+
 def test_the_watcher_of_a_call_knows_its_images():
     pipeline, watched = CountingPipeline(), []
 
@@ -91,6 +103,9 @@ def test_large_images_are_drawn_singly_and_small_ones_together():
     assert batch_size_for([ImageRequest("a", "p", 1024, 1024, 1, SETTINGS)]) == 1
     assert batch_size_for([ImageRequest("a", "p", 512, 512, 1, SETTINGS)]) == 4
     assert batch_size_for(REQUESTS) == 16
+    assert batch_size_for([ImageRequest("a", "p", 1024, 1032, 1, SETTINGS)]) == 1
+    assert batch_size_for([ImageRequest("a", "p", 2048, 1024, 1, SETTINGS), *REQUESTS]) == 1
+    assert batch_size_for([ImageRequest("a", "p", 256, 264, 1, SETTINGS)]) == 15
 
 
 @pytest.fixture

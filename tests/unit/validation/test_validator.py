@@ -148,7 +148,23 @@ def test_the_benchmark_is_drawn_once_and_again_when_its_settings_change(setup: S
     assert setup.run(0) == []
     assert len(setup.run(0, validation_guidance=3.0)) == 2
     note = json.loads((setup.output_dir / "benchmarks/base_model/benchmark.json").read_text())
-    assert [image[-1]["guidance"] for image in note["pictures"]] == [3.0, 3.0]
+    settings = {"steps": 2, "guidance": 3.0, "negative_prompt": "<cfg>", "guidance_rescale": 0.0}
+    settings |= {"true_guidance": 1.0, "skipped": None, "image_guidance": None}
+    assert note["pictures"] == [
+        ["validation", "a star", 32, 32, 0, 7, settings],
+        ["circle", "a red circle", 32, 32, 0, 7, settings],
+    ]
+    # All that decides how an image of the base looks: with another one of these it is made again.
+    assert {**note["settings"], **setup.family.prompt_settings} == note["settings"]
+    own = {key: value for key, value in note["settings"].items() if key not in setup.family.prompt_settings}
+    assert own == {
+        "model": setup.family.source.model,
+        "vae": None,
+        "revision": None,
+        "scheduler": None,
+        "seed_source": "cpu",
+        "base_model_precision": "no_change",
+    }
 
 
 def test_full_training_draws_its_base_before_the_first_step_only(setup: Setup):
@@ -192,9 +208,24 @@ def test_training_goes_on_as_if_nothing_had_been_drawn(setup: Setup):
 
 def test_progress_counts_every_image(setup: Setup):
     setup.run(20, setup.ema)
-    assert setup.recorder.of(PhaseStarted)[0].total == 6
-    assert setup.recorder.of(PhaseProgress)[-1].done == 6
-    assert len(setup.recorder.of(PhaseDone)) == 1
+    [started], [done] = setup.recorder.of(PhaseStarted), setup.recorder.of(PhaseDone)
+    assert (started.name, started.total) == ("images at step 20", 6)
+    assert [(event.name, event.done) for event in setup.recorder.of(PhaseProgress)] == [
+        ("images at step 20", count) for count in (2, 4, 6)
+    ]
+    assert (done.name, done.summary) == ("images at step 20", f"in {setup.output_dir / 'validation_images'}")
+    assert 0 < done.seconds < 600
+    [made] = setup.recorder.of(ImagesMade)
+    assert (made.step, [image.kind for image in made.images]) == (
+        20,
+        ["base"] * 2 + ["live"] * 2 + ["ema"] * 2 + ["grid"],
+    )
+    assert setup.validator().has_generated(20)
+    assert setup.validator().has_generated(20, setup.ema)
+    assert not setup.validator().has_generated(21)
+    (setup.output_dir / "validation_images/step_20_circle_0_32x32_ema.png").unlink()
+    assert setup.validator().has_generated(20)
+    assert not setup.validator().has_generated(20, setup.ema)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), OSError(28, "No space left on device")])
@@ -207,7 +238,7 @@ def test_a_failure_costs_the_images_and_not_the_run(setup: Setup, monkeypatch: p
     assert setup.run(20) == []
     [notice] = setup.recorder.of(Notice)
     assert notice.severity == "error"
-    assert "training continues" in notice.text
+    assert notice.text == f"no images at step 20: {error}; training continues"
     assert setup.denoiser.training
 
 
@@ -325,6 +356,10 @@ def test_scores_name_each_image_and_a_failing_score_keeps_the_images(
     live = [score for name, score in scored.scores.items() if name.startswith("live/")]
     assert (scored.metric, scored.step) == ("clip", 20)
     assert scored.mean == pytest.approx(sum(live) / 2)
+    averages = [score for name, score in scored.scores.items() if name.startswith("ema/")]
+    assert averages != live
+    setup.validator(**options, ema_validation="ema_only").run(setup.denoiser, setup.adapter, setup.ema, 20)
+    assert setup.recorder.of(ImagesScored)[1].mean == pytest.approx(sum(averages) / 2)
 
     assert validator._scorer is not None
     monkeypatch.setattr(validator._scorer, "score", lambda images: 1 / 0)
