@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters.files import apply_adapter_file
-from simpletuner.commands.export import export_command, find_source
+from simpletuner.commands.export import _kept_metadata, export_command, find_source
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.launch import family_of_export, family_of_model
 from simpletuner.models.family import ModelFamily
@@ -143,3 +144,11 @@ def test_the_command_prints_the_files_and_refuses_what_is_no_source(runs, tmp_pa
     assert (done.returncode, done.stdout) == (0, "files/output.kohya.safetensors\n")
     with pytest.raises(ConfigError, match="there is nothing at"):
         find_source(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("lock", ["{}", "[1]", '{"config": [], "base": {"files": 1}}'])
+def test_a_lock_of_another_form_is_named_and_no_crash(tmp_path: Path, lock: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    (tmp_path / "run.lock.json").write_text(lock)
+    with pytest.raises(DataError, match=r"run\.lock\.json: (is damaged|cannot be read)"):
+        _kept_metadata(SimpleNamespace(source=find_source(tmp_path), weights=SimpleNamespace(metadata={})))
