@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simpletuner.adapters import reading
+from simpletuner.adapters import lokr_kernels, reading
 from simpletuner.adapters.base import Adapter, MatchCount, copy_into
 from simpletuner.adapters.effect import _read_off, _single_ones
 from simpletuner.adapters.formats import modules_in_file
@@ -116,6 +116,7 @@ def test_half_a_lora_and_unknown_layers_are_refused_with_a_reason() -> None:
         ({}, "x.safetensors: holds no tensors"),
         ({"blocks.0.to_q.lora_A.weight": ONE}, "blocks.0.to_q has only one half of a LoRA"),
         ({"blocks.9.to_q.alpha": ONE, "out.alpha": ONE}, r"1 of 2 tensors belong to no module of Net: blocks\.9\.to_q"),
+        ({"text_encoder.x.alpha": ONE}, "it also changes the text encoder, which is not trained here"),
         ({"lora_te1_x.alpha": ONE}, "it also changes the text encoder, which is not trained here"),
         ({"out.strange": ONE}, "use the model that the adapter was trained on"),
     ):
@@ -317,6 +318,8 @@ def test_a_weight_is_read_off_the_outputs_for_ones_and_the_bias_off_those_for_ze
 
 
 def test_kernels_win_by_a_margin_and_say_so() -> None:
+    assert (lokr_kernels.NUM_ROWS, lokr_kernels.MARGIN) == (4096, 1.1)
+    assert list(lokr_kernels.TOLERANCES.values()) == [1e-3, 3e-2, 5e-3]  # float32, bfloat16, float16
     shapes = ((4, 4), (8, 16))
     slower, faster = Trial(shapes, (1.09e-3, 1e-3)), Trial(shapes, (1.2e-3, 1e-3))
     assert (slower.is_won, faster.is_won, slower.name) == (False, True, "4x4 8x16")

@@ -19,15 +19,29 @@ from simpletuner.config.paths import WITHOUT
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.families.spec import Component, Flavour
+from simpletuner.models import guided_pipeline as guided
+from simpletuner.models import safe_loading
 from simpletuner.models.components import ModelSource
 from simpletuner.models.discrete import DiscreteFamily
 from simpletuner.models.family import LatentMoments, ModelFamily, have_one_shape
 from simpletuner.models.flow_pipeline import FlowPipeline
+from simpletuner.models.flux import family as flux
+from simpletuner.models.flux2 import family as flux2
 from simpletuner.models.guided_pipeline import GuidedFlowPipeline
+from simpletuner.models.hunyuan_dit import family as hunyuan_dit
+from simpletuner.models.krea2 import family as krea2
 from simpletuner.models.live_pipeline import LivePipeline, MaskedLivePipeline, fit_image
 from simpletuner.models.omnigen import pipeline as omnigen
+from simpletuner.models.omnigen import tokens
 from simpletuner.models.omnigen.tokens import image_placeholders
+from simpletuner.models.omnigen2 import pipeline as omnigen2
+from simpletuner.models.omnigen2 import transformer as omnigen2_network
 from simpletuner.models.patches import flatten, pack, position_ids, unpack
+from simpletuner.models.qwen_image import family as qwen_image
+from simpletuner.models.qwen_image_21.family import QwenImage21
+from simpletuner.models.qwen_image_edit import family as qwen_image_edit
+from simpletuner.models.qwen_image_edit import preparation
+from simpletuner.models.sd3 import family as sd3
 from simpletuner.models.single_file import objective_marks, refused_marks
 
 
@@ -47,9 +61,9 @@ def row(*values: float) -> Tensor:
 
 def test_a_patch_holds_its_channels_one_after_the_other_and_its_rows_within_them() -> None:
     latents = torch.arange(16.0).reshape(1, 2, 2, 4)  # two patches side by side, of two channels
-    tokens = pack(latents)
-    assert tokens.tolist() == [[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]
-    assert torch.equal(unpack(tokens, 2, 4), latents)
+    packed = pack(latents)
+    assert packed.tolist() == [[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]
+    assert torch.equal(unpack(packed, 2, 4), latents)
     tall = torch.arange(8.0).reshape(1, 1, 4, 2)
     assert pack(tall).tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
     assert torch.equal(unpack(pack(tall), 4, 2), tall)
@@ -340,6 +354,23 @@ def test_empty_tensors_of_a_file_say_what_its_weights_predict(tmp_path: Any) -> 
         assert refused_marks(file) == []
     save_file({name: torch.zeros(0) for name in ("edm_std", "edm_vpred.sigma_max", "edm_mean")}, file)
     assert refused_marks(file) == ["edm_vpred.sigma_max", "edm_mean", "edm_std"]
+
+
+def test_numbers_of_the_releases_are_theirs() -> None:
+    """Of the published code and configurations that each module names."""
+    assert (flux.TRAINING_GUIDANCE, flux.CLIP_TOKENS, flux.TOKENS_WITHOUT_GUIDANCE) == (1.0, 77, 256)
+    assert (flux2.TRAINING_GUIDANCE, flux2.REFERENCE_INDEX) == (1.0, 10)
+    assert flux2.STATES == {"qwen3": (9, 18, 27), "mistral3": (10, 20, 30)}
+    assert (hunyuan_dit.BERT_TOKENS, hunyuan_dit.BASE_SIZE, sd3.CLIP_TOKENS) == (77, 512, 77)
+    assert (krea2.PREFIX_TOKENS, krea2.SUFFIX_TOKENS, krea2.DISTILLED_MU) == (34, 5, 1.15)
+    assert (omnigen.MAX_REFERENCE_SIDE, tokens.PIXELS_PER_TOKEN, tokens.PAD_ID) == (1024, 16, 2)
+    assert (omnigen2.MAX_REFERENCE_PIXELS, omnigen2.MAX_REFERENCE_SIDE, omnigen2.IMAGE_GUIDANCE) == (2**20, 1024, 2.0)
+    assert (omnigen2.PIXELS_PER_TOKEN, omnigen2_network.MAX_REFERENCES, omnigen2_network.THETA) == (16, 5, 10000.0)
+    assert (qwen_image.TEMPLATE_TOKENS, preparation.TEMPLATE_TOKENS, preparation.SIDE_MULTIPLE) == (34, 64, 32)
+    assert (qwen_image_edit.AREA_OF_ONE, qwen_image_edit.AREA_OF_SEVERAL) == (2**20, 147456)
+    assert (guided.MAX_REFERENCE_PIXELS, QwenImage21.reference_area) == (2**20, 2**20)
+    assert safe_loading.MAX_JSON_BYTES == 200_000_000
+    assert tokens._quoted("x" * 120) == f'"{"x" * 100}"'
 
 
 # ---- facts as data ---------------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def test_float8_rows_are_what_the_hand_computes() -> None:
 
 def test_kernels_take_sides_of_16_and_float8_a_copy_of_the_matrix_for_the_gradient() -> None:
     assert [has_8_bit_products(*sizes) for sizes in ((16, 32), (16, 24), (24, 16), (8, 8))] == [True, *[False] * 3]
+    assert (products.MULTIPLE, products.LEAST_ROWS, products.PART) == (16, 32, 8_388_608)
+    assert (product_trials.NUM_ROWS, product_trials.MARGIN, product_trials.LARGEST_ERROR) == (4096, 1.1, 0.1)
     assert ways_of(torch.int8) == ("direct", "direct")
     assert ways_of(torch.float8_e4m3fn) == Ways(output="direct", gradient="copied")
 
