@@ -373,6 +373,42 @@ def test_numbers_of_the_releases_are_theirs() -> None:
     assert tokens._quoted("x" * 120) == f'"{"x" * 100}"'
 
 
+@pytest.mark.parametrize(
+    ("name", "denoiser", "scheduler", "architecture", "version"),
+    [
+        ("sd15", {}, {}, "stable-diffusion-v1", "sd_v1"),
+        ("sd15", {}, {"prediction_type": "v_prediction"}, "stable-diffusion-v1", "sd_v1_v"),
+        ("sd15", {"use_linear_projection": True}, {}, "stable-diffusion-v2-512", "sd_v2"),
+        (
+            *("sd15", {"use_linear_projection": True}, {"prediction_type": "v_prediction"}),
+            *("stable-diffusion-v2-768-v", "sd_v2_v"),
+        ),
+        ("sd3", {"dual_attention_layers": [0], "qk_norm": "rms_norm"}, {}, "stable-diffusion-3.5-medium", "sd3"),
+        ("sd3", {"qk_norm": "rms_norm"}, {}, "stable-diffusion-3.5-large", "sd3"),
+        ("sd3", {}, {}, "stable-diffusion-3-medium", "sd3"),
+        ("flux", {"guidance_embeds": True}, {}, "flux-1-dev", "flux1"),
+        ("flux", {}, {}, "flux-1-schnell", "flux1"),
+        ("flux2", {"guidance_embeds": True}, {}, "flux-2-dev", "flux2"),
+        ("flux2", {}, {}, "flux-2-klein", "flux2"),
+        ("hunyuan_dit", {"use_style_cond_and_image_meta_size": False}, {}, "hunyuan-dit-v1.2", "hunyuan-dit"),
+        ("hunyuan_dit", {}, {}, "hunyuan-dit-v1.1", "hunyuan-dit"),
+    ],
+)
+def test_a_configuration_says_which_weights_of_a_family_they_are(
+    name: str, denoiser: Any, scheduler: Any, architecture: str, version: str
+) -> None:
+    family = family_of(name, denoiser_config=denoiser, scheduler_config=scheduler)
+    spec = family.spec_of_weights
+    assert family.architecture == spec.keys.architecture == architecture
+    assert (spec.keys.base_model_version, spec.prediction_type) == (version, family.prediction_type)
+    if name == "flux":
+        assert family.max_prompt_tokens == (512 if denoiser else 256)
+        family.prompt_length = 99
+        assert family.max_prompt_tokens == 99
+    if name == "flux2":
+        assert spec.pipeline_class == ("Flux2Pipeline" if denoiser else "Flux2KleinPipeline")
+
+
 # ---- facts as data ---------------------------------------------------------------------------------------------------
 
 

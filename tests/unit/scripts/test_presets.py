@@ -13,7 +13,15 @@ import torch
 from simpletuner.commands.models import detail_lines
 from simpletuner.examples import copy_example
 from simpletuner.examples.presets import presets
-from simpletuner.families.presets import CARDS, PRESETS_FILE, preset_for, presets_of, smallest_card, usable_bytes
+from simpletuner.families.presets import (
+    CARDS,
+    PRESETS_FILE,
+    Preset,
+    preset_for,
+    presets_of,
+    smallest_card,
+    usable_bytes,
+)
 from simpletuner.families.registry import FAMILIES, get_spec
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
@@ -26,6 +34,24 @@ def test_every_flavour_has_presets():
     for family in FAMILIES:
         for flavour in get_spec(family).flavours:
             assert tuple(presets_of(family, flavour)) == CARDS, f"python scripts/presets.py {family}"
+
+
+def test_a_card_takes_the_preset_of_the_largest_one_that_is_not_larger():
+    assert usable_bytes(24) == 23_579_370_455  # 0.94 of 24 GiB without 0.6 GiB
+    known = presets_of("flux", "dev")
+    for gib, card in ((7.9, None), (8, 8), (11, 8), (15.9, 12), (16, 16), (79, 24), (200, 80)):
+        assert preset_for("flux", "dev", gib) == (known[card] if card else None)
+    assert [smallest_card(*model) for model in (("flux2", "dev"), ("sd15", "1.5"), ("no", "model"))] == [12, 8, None]
+    assert preset_for("no", "model", 80) is None
+    assert presets_of("flux", "nothing") == {}
+
+
+def test_a_preset_is_told_in_one_line():
+    swapped = Preset({"base_model_precision": "nf4-bnb", "gradient_checkpointing": True, "resolution": 512,
+                      "musubi_blocks_to_swap": 9}, 7.5, 3.0)  # fmt: skip
+    assert swapped.text() == "nf4-bnb, checkpointed, 9 blocks swapped, 512 px: 7.5 GiB and 3.0 GiB of main memory"
+    whole = Preset({"resolution": 1024, "gradient_checkpointing": False}, 9.0, 0.0)
+    assert whole.text() == "bf16, 1024 px: 9.0 GiB"
 
 
 @pytest.mark.slow
