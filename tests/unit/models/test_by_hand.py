@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from simpletuner.batch import PromptEmbeds
 from simpletuner.config.paths import WITHOUT
@@ -43,6 +44,7 @@ from simpletuner.models.qwen_image_edit import family as qwen_image_edit
 from simpletuner.models.qwen_image_edit import preparation
 from simpletuner.models.sd3 import family as sd3
 from simpletuner.models.single_file import objective_marks, refused_marks
+from simpletuner.precision.quantize import NumberFormats
 
 
 def family_of(name: str = "sd3", model: str = "unused", **config: Any) -> ModelFamily:
@@ -289,6 +291,31 @@ def test_latents_are_drawn_shifted_and_scaled_once() -> None:
     decoded = family_of().decode_latents(vae, found.reshape(1, 1, 1, 1))
     assert decoded.item() == pytest.approx(3 + 2 * draw)
     assert decoded.dtype == torch.float64
+
+
+def test_prompts_longer_than_the_limit_are_counted_and_encoders_know_their_place() -> None:
+    def tokenizer(prompts: list[str], **options: Any) -> Any:
+        length = options.get("max_length")
+        rows = [[ord(letter) for letter in prompt][:length] for prompt in prompts]
+        if options.get("return_tensors"):
+            rows = [nn.functional.pad(torch.tensor(each), (0, length - len(each))) for each in rows]
+            ids = torch.stack(rows)
+            return BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
+        return SimpleNamespace(input_ids=rows)
+
+    family: Any = family_of("sdxl")
+    family.number_formats = NumberFormats(encoders=("int8-quanto", "nf4-bnb"))
+    encoders = family.encoders
+    encoders._tokenizers["tokenizer"], encoders._encoders["text_encoder"] = tokenizer, nn.Identity()
+    assert encoders.count("tokenizer", ["abc", ""]) == [3, 0]
+    encoders.note_cut_prompts("tokenizer", ["abc", "abcd", "abcde", "abcdef"], 4)
+    assert family.num_cut_prompts == 2
+    ids, mask = encoders.tokenize("tokenizer", ["abc", "b"], 2)
+    assert (ids.tolist(), mask.tolist()) == ([[97, 98], [98, 0]], [[1, 1], [1, 0]])
+    assert [encoders.precision(name) for name in ("text_encoder", "text_encoder_2")] == ["int8-quanto", "nf4-bnb"]
+    assert encoders.encoder() is encoders._encoders["text_encoder"]
+    family.free_prompt_encoders()
+    assert (encoders._encoders, list(encoders._tokenizers)) == ({}, ["tokenizer"])
 
 
 def test_the_way_of_a_vae_to_take_less_memory_is_switched_on_or_refused() -> None:

@@ -10,6 +10,7 @@ from simpletuner.config.options import all_options
 from simpletuner.errors import ConfigError
 from simpletuner.precision.formats import group_size, pack_bits, unpack_bits
 from simpletuner.precision.linear import QuantizedLinear
+from simpletuner.precision.mixed import DTYPES, autocast
 from simpletuner.precision.products import UNPACKED
 from simpletuner.precision.quantize import (
     NumberFormats,
@@ -185,6 +186,17 @@ def test_products_are_those_of_autocast() -> None:
     output.float().sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
+
+
+def test_autocast_is_on_in_the_format_of_the_option_and_off_without() -> None:
+    device = torch.device("cpu")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with autocast(device, name):
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_dtype("cpu") == dtype
+    with autocast(device, "no"):
+        assert not torch.is_autocast_enabled("cpu")
+    assert DTYPES["no"] == torch.float32
 
 
 class Block(nn.Module):
