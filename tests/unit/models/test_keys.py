@@ -76,3 +76,96 @@ def test_every_entry_of_a_table_fits_something_of_the_family(family: str) -> Non
     parts = [part for parts in spec.keys.fused.values() for part in parts]
     for part in parts:
         assert any(fnmatch.fnmatchcase(part.replace("*", "1"), pattern) for pattern in known), part
+
+
+QKVO = tuple(f"to_{name}" for name in ("q", "k", "v", "out.0"))
+ADDED = ("to_add_out", *(f"add_{name}_proj" for name in "qkv"))
+MLP = ("net.0.proj", "net.2")
+LINEAR_3, W_3 = (tuple(f"{name}{n}" for n in (1, 2, 3)) for name in ("linear_", "w"))
+AURA = ("linear_1", "linear_2", "out_projection")
+UNET = "*attentions.*.transformer_blocks.*"
+KREA = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
+JOINT, SINGLE, LAYERS = "transformer_blocks.*", "single_transformer_blocks.*", "layers.*"
+REFINERS = ("noise_refiner.*", "context_refiner.*")
+FLUX_MLP = ((f"{JOINT}.ff", MLP), (f"{JOINT}.ff_context", MLP), (SINGLE, ("proj_mlp", "proj_out")))
+QWEN_MLP = ((f"{JOINT}.img_mlp", MLP), (f"{JOINT}.txt_mlp", MLP))
+
+
+def layers_of(*rows: tuple[str, tuple[str, ...]]) -> set[str]:
+    return {f"{prefix}.{name}" for prefix, names in rows for name in names}
+
+
+# Attention and feed-forward of each family, by the paths of the public network.
+GROUPS = {
+    "omnigen": (layers_of((f"{LAYERS}.self_attn", QKVO)), layers_of((f"{LAYERS}.mlp", ("gate_up_proj", "down_proj")))),
+    **dict.fromkeys(
+        ("sdxl", "sd15", "kolors"), (layers_of((f"{UNET}.attn*", QKVO)), layers_of((f"{UNET}.ff", MLP)))
+    ),
+    **dict.fromkeys(
+        ("flux", "chroma"),
+        (layers_of((f"{JOINT}.attn", QKVO + ADDED), (f"{SINGLE}.attn", QKVO[:3])), layers_of(*FLUX_MLP)),
+    ),
+    "sd3": (layers_of((f"{JOINT}.attn", QKVO + ADDED), (f"{JOINT}.attn2", QKVO)), layers_of(*FLUX_MLP[:2])),
+    "omnigen2": tuple(
+        layers_of(*((f"{stack}.{part}", names) for stack in (LAYERS, "ref_image_refiner.*", *REFINERS)))
+        for part, names in (("attn", QKVO), ("feed_forward", LINEAR_3))
+    ),
+    "hunyuan_dit": (layers_of(("blocks.*.attn*", QKVO)), layers_of(("blocks.*.ff", MLP))),
+    **dict.fromkeys(
+        ("qwen_image", "qwen_image_edit"), (layers_of((f"{JOINT}.attn", QKVO + ADDED)), layers_of(*QWEN_MLP))
+    ),
+    "z_image": tuple(
+        layers_of(*((f"{stack}.{part}", names) for stack in (LAYERS, *REFINERS)))
+        for part, names in (("attention", QKVO), ("feed_forward", W_3))
+    ),
+    "flux2": (
+        layers_of((f"{JOINT}.attn", QKVO + ADDED), (f"{SINGLE}.attn", ("to_qkv_mlp_proj", "to_out"))),
+        layers_of(*((f"{JOINT}.{part}", ("linear_in", "linear_out")) for part in ("ff", "ff_context"))),
+    ),
+    "krea2": (layers_of((f"{JOINT}.attn", KREA)), layers_of((f"{JOINT}.ff", ("gate", "up", "down")))),
+    "qwen_image_21": (
+        layers_of((f"{JOINT}.attn", QKVO)), layers_of((f"{JOINT}.img_mlp", ("proj", "gate_layer", "out")))
+    ),
+    "pixart_sigma": (layers_of(*((f"{JOINT}.attn{n}", QKVO) for n in (1, 2))), layers_of((f"{JOINT}.ff", MLP))),
+    "sana": (
+        layers_of(*((f"{JOINT}.attn{n}", QKVO) for n in (1, 2))),
+        layers_of((f"{JOINT}.ff", ("conv_inverted", "conv_point"))),
+    ),
+    "auraflow": (
+        layers_of((f"joint_{JOINT}.attn", QKVO + ADDED), (f"{SINGLE}.attn", QKVO)),
+        layers_of((f"joint_{JOINT}.ff", AURA), (f"joint_{JOINT}.ff_context", AURA), (f"{SINGLE}.ff", AURA)),
+    ),
+    "lumina2": tuple(
+        layers_of(*((f"{stack}.{part}", names) for stack in (LAYERS, *REFINERS)))
+        for part, names in (("attn", QKVO), ("feed_forward", LINEAR_3))
+    ),
+}  # fmt: skip
+# Where standard LoRA adapts by default something else than all attention.
+DEFAULTS = {
+    "z_image": layers_of((f"{LAYERS}.attention", QKVO)),
+    "krea2": layers_of((f"{JOINT}.attn", KREA), (f"{JOINT}.ff", ("up", "down"))),
+    "lumina2": GROUPS["lumina2"][0] | GROUPS["lumina2"][1] | {f"{LAYERS}.norm1.linear", "noise_refiner.*.norm1.linear"},
+}
+MODULATION = {
+    "flux": {f"{JOINT}.norm1.linear", f"{JOINT}.norm1_context.linear", f"{SINGLE}.norm.linear"},
+    "omnigen2": {f"{stack}.norm1.linear" for stack in (LAYERS, "noise_refiner.*", "ref_image_refiner.*")},
+    **{key: {f"{JOINT}.img_mod.1", f"{JOINT}.txt_mod.1"} for key in ("qwen_image", "qwen_image_edit")},
+    "z_image": {f"{LAYERS}.adaLN_modulation.0", "noise_refiner.*.adaLN_modulation.0"},
+    "flux2": {"double_stream_modulation_*.linear", "single_stream_modulation.linear"},
+    "lumina2": {f"{LAYERS}.norm1.linear", "noise_refiner.*.norm1.linear"},
+}
+
+
+def test_groups_and_defaults_of_targets_are_whole() -> None:
+    for name, (attention, feed_forward) in GROUPS.items():
+        spec = get_spec(name)
+        expected = {"attention": attention, "feed-forward": feed_forward}
+        expected |= {"modulation": MODULATION[name]} if name in MODULATION else {}
+        groups = {group: set(patterns) for group, patterns in spec.target_groups.items() if group != "text"}
+        assert groups == expected, name
+        assert set(spec.default_lora_targets) == DEFAULTS.get(name, attention), name
+    parts = (*((f"attn.{name}") for name in KREA), *(f"ff.{name}" for name in ("gate", "up", "down")))
+    blocks = ("layerwise_blocks", "refiner_blocks")
+    text = {f"text_fusion.{block}.*.{part}" for block in blocks for part in parts}
+    assert set(get_spec("krea2").target_groups["text"]) == text
+    assert GROUPS.keys() == set(family_names())
