@@ -25,8 +25,8 @@ from simpletuner.activation_memory.recompute import is_large
 # numbers, nothing written in place. Where one of them returns a view, nothing is noted.
 # fmt: off
 CHEAP = frozenset((
-    "add", "sub", "rsub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "addcmul", "lerp",
-    "clamp", "clip", "where", "masked_fill", "float", "half", "bfloat16", "double", "to", "type", "type_as",
+    "add", "sub", "rsub", "__rsub__", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "addcmul",
+    "lerp", "clamp", "clip", "where", "masked_fill", "float", "half", "bfloat16", "double", "to", "type", "type_as",
     "contiguous", "clone", "reshape", "flatten", "cat", "concat", "stack", "repeat", "repeat_interleave", "pad",
     "mean", "sum", "layer_norm", "rms_norm", "group_norm", "silu", "gelu", "sigmoid", "tanh", "relu", "softplus",
     "glu", "recomputed", "silu_gated", "rotate_pairs",

@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.activation_memory import recompute
-from simpletuner.activation_memory.tracing import Trace
+from simpletuner.activation_memory.gates import silu_gated
+from simpletuner.activation_memory.tracing import CHEAP, Trace
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +112,86 @@ def test_what_was_made_without_autocast_is_made_again_without_it() -> None:
         [gradient] = torch.autograd.grad(output, y)
     assert {"mm", "addmm", "linear"} & set(calls.names)
     assert gradient.tolist() == [[1 + 2**-10] * 2]
+
+
+MASK, DOUBLE = torch.eye(4, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
+# Of numbers between 0 and 1, (4, 4).
+CHEAP_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "add": lambda x: x + 1,
+    "sub": lambda x: x - 1,
+    "rsub": lambda x: torch.rsub(x, 1),
+    "__rsub__": lambda x: 1 - x,
+    "mul": lambda x: x * 2,
+    "div": lambda x: x / 3,
+    "neg": lambda x: -x,
+    "pow": lambda x: x.pow(3),
+    "square": torch.square,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "addcmul": lambda x: torch.addcmul(x, x, x),
+    "lerp": lambda x: torch.lerp(x, x, 0.5),
+    "clamp": lambda x: x.clamp(min=0.5),
+    "clip": lambda x: x.clip(min=0.5),
+    "where": lambda x: torch.where(MASK, x, 0.5),
+    "masked_fill": lambda x: x.masked_fill(MASK, 0.5),
+    "half": Tensor.half,
+    "bfloat16": Tensor.bfloat16,
+    "float": lambda x: x.half().float(),
+    "double": Tensor.double,
+    "to": lambda x: x.to(torch.float64),
+    "type": lambda x: x.type(torch.float64),
+    "type_as": lambda x: x.type_as(DOUBLE),
+    "contiguous": lambda x: x.mT.contiguous(),
+    "clone": torch.clone,
+    "reshape": lambda x: x.mT.reshape(16),
+    "flatten": lambda x: x.mT.flatten(),
+    "cat": lambda x: torch.cat([x, x]),
+    "concat": lambda x: torch.concat([x, x]),
+    "stack": lambda x: torch.stack([x, x]),
+    "repeat": lambda x: x.repeat(2, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(torch.tensor([2, 1, 1, 1]), 0),
+    "pad": lambda x: F.pad(x, (1, 1)),
+    "mean": lambda x: x.mean(0),
+    "sum": lambda x: x.sum(0),
+    "layer_norm": lambda x: F.layer_norm(x, (4,)),
+    "rms_norm": lambda x: F.rms_norm(x, (4,)),
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "softplus": F.softplus,
+    "glu": F.glu,
+    "recomputed": lambda x: recompute.recomputed(torch.exp, x),
+    "silu_gated": silu_gated,
+}
+
+
+@pytest.mark.parametrize("name", CHEAP_CALLS)
+def test_what_is_cheap_is_not_kept_and_made_again_as_it_was(name: str) -> None:
+    call, kept = CHEAP_CALLS[name], set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = (torch.arange(16.0).reshape(4, 4) / 20 + 0.1).requires_grad_()
+    expected = call(x.detach())
+    factor = torch.full_like(expected, 3.0).requires_grad_()
+    places = []
+
+    def function(x: Tensor) -> Tensor:
+        made = call(x.detach())  # some functions keep what they gave for a gradient of their own
+        places.append(made.untyped_storage().data_ptr())
+        return (made * factor).sum() + (x * x).sum()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = traced(function, x)
+    assert not kept.intersection(places)
+    assert torch.equal(torch.autograd.grad(output, factor)[0], expected)
+
+
+def test_each_cheap_function_has_such_a_call() -> None:
+    assert CHEAP_CALLS.keys() == CHEAP
