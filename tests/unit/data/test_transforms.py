@@ -263,6 +263,8 @@ def test_a_png_that_says_more_than_pixels_is_decoded_and_a_turned_one_has_its_up
     frames = [Image.new("RGB", (4, 6), (shade, 0, 0)) for shade in (0, 200)]
     moving = encode(frames[0], save_all=True, append_images=frames[1:])
     assert image_facts(moving, decodes=False) == ImageFacts(6, 4, SEVERAL_FRAMES)
+    without_second = moving[: moving.rindex(b"fcTL") - 4] + moving[-12:]  # which is promised all the same
+    assert image_facts(without_second, decodes=False) == image_facts(without_second) == ImageFacts(6, 4, SEVERAL_FRAMES)
 
 
 def text_chunk(name: str, text: str) -> PngInfo:
