@@ -29,7 +29,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.process import Process
 from simpletuner.training.signals import StopRequest
-from tests.runs import dataset, load_here, run_cli, slow_but, write_images, write_run
+from tests.runs import dataset, load_here, run_forked, slow_but, write_images, write_run
 
 COUNT = 4
 
@@ -326,7 +326,7 @@ def test_after_kill_9_a_second_build_encodes_only_what_is_missing(tmp_path, omni
         building.send_signal(signal.SIGKILL)
     there = len(cached_keys(killed)) // 2
     assert 8 <= there < total
-    outputs = [run_cli(folder, "cache", "build", "--vae_batch_size=2") for folder in folders]
+    outputs = [run_forked(folder, "cache", "build", "--vae_batch_size=2") for folder in folders]
     assert [output.returncode for output in outputs] == [0, 0]
     assert re.search(rf"{total - there} encoded, {there} cached before", outputs[0].stdout)
     first, second = cached_keys(killed), cached_keys(undisturbed)

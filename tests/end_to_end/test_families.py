@@ -15,7 +15,7 @@ from PIL import Image
 
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models.components import ModelSource
-from tests.runs import dataset, metrics, run_cli, train_here, write_images, write_run
+from tests.runs import dataset, metrics, run_forked, train_here, write_images, write_run
 from tests.tiny_flux import tiny_flux_folder
 from tests.tiny_folders import TINY_FOLDERS
 
@@ -68,8 +68,9 @@ def test_an_adapter_is_trained_proved_resumed_and_used_to_generate(model, tmp_pa
     assert evals[0] != evals[-1]
     assert (output / "before_after.png").is_file()
     adapter = output / "pytorch_lora_weights.safetensors"
-    arguments = ("--model-family", name, "--model", str(folder), "--prompt", "a box", "--width", "64", "--height", "64")
-    generated = run_cli(run, "generate", *arguments, "--steps", "2", "--adapter", str(adapter), "--output", "box.png")
+    arguments = ["--model-family", name, "--model", str(folder), "--prompt", "a box", "--width", "64", "--height", "64"]
+    arguments += ["--steps", "2", "--adapter", str(adapter), "--output", "box.png"]
+    generated = run_forked(run, "generate", *arguments)
     assert generated.returncode == 0, generated.stderr
     assert Image.open(run / "box.png").size == (64, 64)
 

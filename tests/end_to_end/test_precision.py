@@ -27,7 +27,7 @@ from tests.runs import (
     load_here,
     metrics,
     require_same_bits_after_a_stop,
-    run_cli,
+    run_forked,
     slow_but,
     train_here,
     train_in_two,
@@ -205,10 +205,10 @@ def test_half_precision_trains_with_a_scaled_loss_and_resumes(
 def test_images_can_be_generated_on_a_packed_base(tmp_path: Path, omnigen_folder: Path) -> None:
     arguments = ["generate", "--model", str(omnigen_folder), "--model-family", "omnigen", "--prompt", "a star"]
     arguments += ["--width", "64", "--height", "64", "--steps", "2", "--output", "star.png"]
-    done = run_cli(tmp_path, *arguments, "--base-precision", "int8-quanto")
+    done = run_forked(tmp_path, *arguments, "--base-precision", "int8-quanto")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "star.png").is_file()
-    refused = run_cli(tmp_path, *arguments, "--base-precision", "int9")
+    refused = run_forked(tmp_path, *arguments, "--base-precision", "int9")
     assert refused.returncode == 2
     assert "allowed: no_change, int8-quanto" in refused.stderr
 

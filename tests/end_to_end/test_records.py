@@ -20,6 +20,7 @@ from tests.runs import (
     metrics,
     require_same_bits_after_a_stop,
     run_cli,
+    run_forked,
     train_here,
     write_images,
     write_run,
@@ -170,7 +171,7 @@ def test_the_shipped_commands_with_two_processes_that_share_one_model(name: str,
         checkpoint = experiment / "checkpoint-4"
         words = ["--config_path", str(experiment / f"{name}.yml"), "--model_path"]
         words += [str(checkpoint / "pytorch_model_fsdp.bin"), "--save_path", str(checkpoint / part)]
-        result = run_cli(tmp_path, "convert", *words)
+        result = run_forked(tmp_path, "convert", *words)
         assert result.returncode == 0, result.stdout + result.stderr
         [file] = (checkpoint / part).glob("*.safetensors")
         tensors.append(load_file(file))
@@ -180,7 +181,7 @@ def test_the_shipped_commands_with_two_processes_that_share_one_model(name: str,
         assert all(".lora_A." in key or ".lora_B." in key for key in tensors[1])
     words = ["--model_path", str(model), f"--{part}_path", str(spread / "checkpoint-4" / part)]
     words += ["--num_inference_step", "2", "--height", "64", "--width", "64", "--instruction", "A crystal ladybug"]
-    result = run_cli(tmp_path, "generate", *words, "--output_image_path", "out.png")
+    result = run_forked(tmp_path, "generate", *words, "--output_image_path", "out.png")
     assert result.returncode == 0, result.stdout + result.stderr
     assert Image.open(tmp_path / "out.png").size == (64, 64)
     assert json.loads((spread / "config.json").read_text())["gradient_accumulation_steps"] == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import dataset, run_cli, write_images, write_run
+from tests.runs import dataset, run_forked, write_images, write_run
 
 
 def change_json(path: Path, change) -> None:
@@ -75,7 +75,7 @@ def test_wrong_input_ends_with_one_message_before_training(tmp_path, omnigen_fol
     exit_code, named = CASES[spoil]
     folder = write_run(tmp_path / "run", omnigen_folder)
     spoil(folder)
-    result = run_cli(folder, "train")
+    result = run_forked(folder, "train")
     assert result.returncode == exit_code, result.stderr
     for word in named:
         assert word in result.stderr
@@ -88,7 +88,7 @@ def test_wrong_input_ends_with_one_message_before_training(tmp_path, omnigen_fol
 def test_a_text_among_images_is_skipped_and_reported(tmp_path, omnigen_folder):
     folder = write_run(tmp_path / "run", omnigen_folder, max_train_steps=1)
     (folder / "images" / "note.png").write_text("this is no image")
-    result = run_cli(folder, "train")
+    result = run_forked(folder, "train")
     assert result.returncode == 0, result.stderr
     report = json.loads((folder / "output" / "dataset_report.json").read_text())
     assert report[0]["found"] == 8
@@ -102,7 +102,7 @@ def test_images_larger_than_the_model_can_take_are_refused(tmp_path, omnigen_fol
     shutil.rmtree(folder / "images")
     write_images(folder / "images", 2, seed=5, side=512)
     change_json(folder / "multidatabackend.json", lambda data: data[0].update(resolution=512))
-    result = run_cli(folder, "train")
+    result = run_forked(folder, "train")
     assert result.returncode == 2
     assert "images.resolution" in result.stderr
     assert "256" in result.stderr
@@ -114,7 +114,7 @@ def test_where_no_image_is_left_the_report_still_names_each(tmp_path, omnigen_fo
     (folder / "images").mkdir()
     for number in range(12):
         (folder / f"images/{number}.png").write_text("hello")
-    result = run_cli(folder, "train")
+    result = run_forked(folder, "train")
     assert result.returncode == 3
     assert "none of the 12 images" in result.stderr
     lines = (folder / "output/dataset_set_aside.jsonl").read_text().splitlines()

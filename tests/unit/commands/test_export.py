@@ -18,7 +18,7 @@ from simpletuner.errors import ConfigError, DataError
 from simpletuner.launch import family_of_export, family_of_model
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.adapter_roundtrip import probe_output
-from tests.runs import run_cli, train_here, write_run
+from tests.runs import run_forked, train_here, write_run
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_a_file_that_fails_its_check_gets_no_name(runs, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_the_command_prints_the_files_and_refuses_what_is_no_source(runs, tmp_path: Path) -> None:
-    done = run_cli(tmp_path, "export", str(runs["lora"]), "--format", "kohya", "--output", "files")
+    done = run_forked(tmp_path, "export", str(runs["lora"]), "--format", "kohya", "--output", "files")
     assert (done.returncode, done.stdout) == (0, "files/output.kohya.safetensors\n")
     with pytest.raises(ConfigError, match="there is nothing at"):
         find_source(tmp_path / "nothing")
