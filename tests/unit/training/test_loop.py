@@ -19,7 +19,6 @@ from simpletuner.training.checkpoint import Saved, load_checkpoint
 from simpletuner.training.evaluation import EvalResult
 from simpletuner.training.loop import run_training
 from simpletuner.training.loss_scale import LossScale
-from simpletuner.training.signals import StopRequest
 from tests.processes import in_processes
 from tests.toy import ToyDataset, toy_run, weights_of
 
@@ -433,16 +432,6 @@ def test_the_base_is_the_reference_of_a_new_run_and_of_one_that_goes_on(tmp_path
         assert [event.reference for event in recorder.of(EvalDone)] == [0] * len(recorder.of(EvalDone))
     assert recorder.of(EvalDone)[-1].pooled == 0.75
     assert weights_of(run) == [0.75, 2.25]
-
-
-def test_a_process_that_was_asked_itself_keeps_its_signal():
-    stop = StopRequest()
-    stop.adopt()
-    assert stop.received == signal.SIGTERM
-    stop = StopRequest()
-    stop.received = signal.SIGINT
-    stop.adopt()
-    assert stop.error(None).exit_code == 130
 
 
 def test_a_mask_that_is_not_drawn_does_not_count(tmp_path):

@@ -74,3 +74,13 @@ def test_a_stop_says_what_is_kept_before_the_first_step_and_while_another_proces
     assert error is not None
     assert error.exit_code == 129
     assert "while another process gave no sign: what was trained since the last checkpoint is not saved" in str(error)
+
+
+def test_a_process_that_was_asked_itself_keeps_its_signal():
+    stop = StopRequest()
+    stop.adopt()
+    assert stop.received == signal.SIGTERM
+    stop = StopRequest()
+    stop.received = signal.SIGINT
+    stop.adopt()
+    assert stop.error(None).exit_code == 130
