@@ -31,7 +31,7 @@ def page() -> Iterator[Any]:
         # Without a sandbox: tests run as root in containers, and the page is our own.
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": 1280, "height": 1000})
-        opened.set_default_timeout(60_000)
+        opened.set_default_timeout(300_000)
         opened.faults = []
         opened.on("pageerror", lambda error: opened.faults.append(str(error)))
         opened.on("console", lambda line: opened.faults.append(line.text) if line.type == "error" else None)
@@ -60,7 +60,7 @@ def test_the_curve_and_the_images_appear_while_a_run_trains(page: Any, tmp_path:
     page.wait_for_selector("#loss[aria-label*=points]:not([aria-label*='no points'])")
     page.wait_for_selector("#gallery img")
     page.wait_for_selector("#state[data-state=completed]")
-    assert trained.wait(60) == 0
+    assert trained.wait(300) == 0
 
     assert page.locator("#run").text_content() == "stars <b>", "what a run says is text, never HTML"
     assert page.locator("#step").text_content() == "4"

@@ -191,7 +191,7 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.stderr.close()

@@ -452,7 +452,7 @@ def test_an_accelerator_gets_a_reader_for_each_core_and_the_cpu_two(monkeypatch)
 
 def test_images_that_are_encoded_on_demand_are_read_at_the_same_time(cache):
     images = ImageInput(4)
-    both_read = threading.Barrier(2, timeout=120)
+    both_read = threading.Barrier(2, timeout=300)
     read = images.read_pixels
 
     def read_in_pairs(sample):

@@ -52,7 +52,7 @@ def running(token: str | None = None, output_dir: Path | None = None) -> Iterato
 
 def ask(server: MonitorServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, Any]:
     """(status, body, headers) of a request."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=300)
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None:
@@ -75,7 +75,7 @@ def progress(*rows: tuple[int, float]) -> dict[str, Any]:
 
 def stream(server: MonitorServer, count: int) -> list[dict[str, Any]]:
     """The first `count` patches of the stream."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=300)
     connection.request("GET", "/stream")
     answer, found = connection.getresponse(), []
     while len(found) < count:
@@ -183,7 +183,7 @@ def test_what_is_no_event_is_refused(body: Any) -> None:
 
 def say_raw(server: MonitorServer, request: bytes) -> bytes:
     """The status line that bytes on a connection get."""
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=300) as connection:
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))

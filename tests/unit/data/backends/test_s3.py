@@ -91,7 +91,7 @@ def test_objects_are_fetched_side_by_side(
     server: S3, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of the larger folder: three images and three captions wait for each other."""
-    all_six, came = threading.Barrier(6, timeout=120), []
+    all_six, came = threading.Barrier(6, timeout=300), []
     read = S3Backend.read
 
     def read_with_the_others(self: S3Backend, path: bytes) -> bytes:
