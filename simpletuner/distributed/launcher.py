@@ -108,9 +108,10 @@ def launch(arguments: Sequence[str], layout: Layout, say: Callable[[str], None])
         if failed is None:
             return 0
         returncode = processes[failed].returncode
-        # Processes that leave on a signal say the same; the first is the one that a reader looks for.
+        # Processes that leave on a signal say the same; the first is the one that a reader looks for. Of those that
+        # were killed the one that failed is the cause: others did not leave in time.
         speaker = next(index for index, process in enumerate(processes) if process.returncode == returncode)
-        words = Path(folder) / str(failed if returncode == 1 else speaker)
+        words = Path(folder) / str(failed if returncode == 1 or returncode < 0 else speaker)
         if words.is_file():
             say(words.read_text(encoding="utf-8"))
         elif not received:

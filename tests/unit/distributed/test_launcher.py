@@ -242,15 +242,15 @@ def test_a_silent_end_is_told_with_who_and_what():
     assert launcher._silent_end(7, 3, 4) == "process 3 of 4 ended with code 7; the others were ended"
 
 
-@pytest.mark.parametrize(("code", "speaker"), [(143, 0), (1, 1)])
+@pytest.mark.parametrize(("returncode", "code", "speaker"), [(143, 143, 0), (1, 1, 1), (-signal.SIGKILL, 137, 1)])
 def test_of_processes_that_leave_alike_the_first_speaks_and_of_lost_connections_the_one_that_was_seen(
-    monkeypatch, code, speaker
+    monkeypatch, returncode, code, speaker
 ):
-    """The second one was seen to end first."""
+    """The second one was seen to end first; the first may have been killed because it did not leave in time."""
 
     def start(arguments, layout, local_rank, port, folder, end, listener):
         (folder / str(local_rank)).write_text(f"words of {local_rank}")
-        return ended(code)[0]
+        return ended(returncode)[0]
 
     heard = []
     monkeypatch.setattr(launcher, "_start", start)
