@@ -41,9 +41,10 @@ def rotate_as_one_product(module: nn.Module) -> None:
     from diffusers.models.embeddings import apply_rotary_emb as published
 
     processor: Any = getattr(module, "processor", None)
-    call = vars(type(processor)).get("__call__")
+    kind: Any = type(processor)
+    call = vars(kind).get("__call__")
     if isinstance(call, FunctionType) and call.__globals__.get(NAME) is published:
-        processor.__class__ = _rotating(type(processor))
+        processor.__class__ = _rotating(kind)
 
 
 @cache
