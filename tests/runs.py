@@ -52,6 +52,9 @@ def write_images(folder: Path, count: int, seed: int, side: int = 64) -> Path:
     return folder
 
 
+draw_pictures = write_images  # its name in scripts that show faults of earlier versions
+
+
 def write_run(folder: Path, model: Path, data: list[dict[str, Any]] | None = None, **options: Any) -> Path:
     """Write config.json, multidatabackend.json and lycoris_config.json for a tiny run; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
