@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from simpletuner.wizard.project import Project
 
 # Of a card of the middle class in bfloat16, well below what makers promise; of a CPU of eight cores.
-ASSUMED_OPERATIONS, ON_A_PROCESSOR = 50e12, 0.3e12
+ASSUMED_OPERATIONS, ON_A_CPU = 50e12, 0.3e12
 PROMPT_TOKENS = 100
 
 
@@ -81,7 +81,7 @@ def rough_lines(run: LoadedRun, hardware: Hardware) -> list[tuple[str, bool]]:
     disk = f"disk    about {bytes_text(flavour.weight_bytes())} are fetched from the hub at the first start"
     lines = [(memory, weights < room), (disk, True)]
     if config.training.max_train_steps:
-        rate = ON_A_PROCESSOR if hardware.device == "cpu" else ASSUMED_OPERATIONS
+        rate = ON_A_CPU if hardware.device == "cpu" else ASSUMED_OPERATIONS
         tokens = run_tokens(config.data, spec.size_multiple) + PROMPT_TOKENS
         # Forward, and backward through frozen weights; checkpointing runs forward once more.
         passes = 3 if config.model.gradient_checkpointing else 2
