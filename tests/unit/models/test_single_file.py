@@ -340,7 +340,7 @@ def test_the_folder_of_another_family_is_refused_with_its_name(sdxl: Path, tmp_p
     assert problem.message.endswith(
         "is a model of Stable Diffusion XL (StableDiffusionXLPipeline), and model_family is sd15"
     )
-    assert problem.fix == "set model_family to sdxl, or name a model of Stable Diffusion 1.5"
+    assert problem.fix == "set model_family to sdxl, or name a model of Stable Diffusion 1.5 and 2.1"
     edit = TINY_FOLDERS["qwen_image_edit"](tmp_path / "edit")
     assert check_local_model(ModelSource(str(edit)), get_spec("qwen_image")) == []
 

@@ -416,6 +416,8 @@ def test_a_checkpoint_that_is_due_at_a_skipped_step_is_saved_after_the_next_good
 class Judging:
     """An eval loss that is the first weight: 0 without the adapter."""
 
+    identity = {"datasets": ["held_out"]}
+
     def run(self, denoiser):
         loss = float(denoiser.weight[0])
         return EvalResult({"held_out": loss}, loss, [(0.5, loss)])
