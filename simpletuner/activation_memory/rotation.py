@@ -86,5 +86,11 @@ def _turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     wide = widened(x)
     if any(stride % 2 for stride in wide.stride()[:-1]) or wide.stride(-1) != 1:  # a gradient may be one number for all
         wide = wide.contiguous()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+    turned = torch.empty_like(wide)  # the result itself: blocks make nothing again that is a view of another tensor
+    torch.mul(_pairs(wide), angles, out=_pairs(turned))
+    return turned.to(x.dtype)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """(..., D) real -> (..., D / 2) complex, of the same memory."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
