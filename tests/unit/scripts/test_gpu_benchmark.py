@@ -39,6 +39,7 @@ PARTS = ("1 ,2,3,4,5,6,7", "9,10,11,12", "row: ", "published", "family: z_image"
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(1800)  # a process for each row
 @pytest.mark.parametrize("only", PARTS)
 def test_every_part_runs_on_a_tiny_shape(only: str, benchmark: ModuleType, tmp_path: Path) -> None:
     words = ["--tiny", "--minutes=30", f"--only={only}", f"--file={tmp_path / 'gpu.json'}"]
