@@ -87,7 +87,7 @@ def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts
     script._process.wait()
     script._process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     script._process.wait()
-    words = python("import time; time.sleep(30)")
+    words = python("import time; time.sleep(600)")
     assert script.start(40) == shlex.split(words)
     assert len(scripts.reported) == 2  # one that has ended well is not reported
     script._process.kill()
