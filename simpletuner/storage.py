@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.disk import disk_errors
 from simpletuner.errors import DataError, Problem, bytes_text, error_text
-from simpletuner.tempnames import clean_stale as clean_stale
-from simpletuner.tempnames import clean_stale_tree as clean_stale_tree
 from simpletuner.tempnames import new_sibling, parse_name
 from simpletuner.text import printable, read_file, read_json_text, read_tensor_header
 
@@ -335,10 +333,8 @@ def remove_dir(path: str | Path) -> None:
         _step("rename")
         path.rename(trash)
         _step("rmtree")
-        if trash.is_symlink():  # what it leads to is not ours to delete
-            trash.unlink()
-        else:
-            shutil.rmtree(trash)
+        remove = Path.unlink if trash.is_symlink() else shutil.rmtree  # what a link leads to is not ours to delete
+        remove(trash)
         _fsync_dir(path.parent)
 
 

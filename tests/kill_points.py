@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from simpletuner import storage
+from simpletuner import storage, tempnames
 from simpletuner.cache.store import TensorStore
 
 NUM_ENTRIES = 3
@@ -48,7 +48,7 @@ def begin_checkpoints(folder: Path) -> None:
 
 def check_checkpoints(folder: Path) -> list[str]:
     """What a restart would trip over."""
-    storage.clean_stale(folder)
+    tempnames.clean_stale(folder)
     problems = [f"left over: {path.name}" for path in folder.iterdir() if path.name.startswith(".")]
     found = sorted(folder.glob("checkpoint-*"))
     problems += [problem for path in found for problem in storage.verify_dir(path)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner import storage
+from simpletuner import storage, tempnames
 from simpletuner.cache.index import ShardIndex
 from simpletuner.cache.shards import DamagedShard, Entry, load_entry, read_entries, write_shard
 from simpletuner.errors import DataError, Problem
@@ -74,7 +74,7 @@ class TensorStore:
         self._open_shards: OrderedDict[str, int] = OrderedDict()
         self._pid = os.getpid()
         self._lost: set[str] = set()
-        storage.clean_stale(self.folder)
+        tempnames.clean_stale(self.folder)
         self._index = ShardIndex(self.folder)
         self.refresh()
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from simpletuner import storage
+from simpletuner import tempnames
 from simpletuner.disk import DiskError
 from simpletuner.errors import Problem
 from simpletuner.reporting.events import Notice
@@ -83,5 +83,5 @@ def wait_for_disk_space(session: Session, what: str, error: DiskError) -> None:
 
 def clean_stale(session: Session) -> int:
     """Remove what dead processes left in the folders of the run; how many files and folders that were."""
-    handled = storage.clean_stale_tree(session.output_dir, is_locked=True)
-    return len(handled + storage.clean_stale_tree(session.cache_dir))
+    handled = tempnames.clean_stale_tree(session.output_dir, is_locked=True)
+    return len(handled + tempnames.clean_stale_tree(session.cache_dir))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpletuner import storage
+from simpletuner import storage, tempnames
 from simpletuner.config.loading import LoadedRun
 from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.errors import ConfigError, DataError, Problem
@@ -80,7 +80,7 @@ def plan_start(loaded: LoadedRun, output_dir: Path, process_group: ProcessGroup)
 
 def _plan_here(loaded: LoadedRun, output_dir: Path) -> Start:
     config = loaded.config
-    storage.clean_stale(output_dir)
+    tempnames.clean_stale(output_dir)
     notices = [line for line in [finish_move(output_dir)] if line]
     best = output_dir / BEST
     committed = [*numbered_checkpoints(output_dir), *([best] if best.is_dir() else [])]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from simpletuner import storage
+from simpletuner import storage, tempnames
 from simpletuner.config.loading import LoadedRun
 from simpletuner.disk import disk_error, reported_as_disk_errors
 from simpletuner.distributed.process_group import ConnectionLost, joined
@@ -44,7 +44,7 @@ def train(loaded: LoadedRun) -> None:
         process_group = stack.enter_context(joined(os.environ, loaded.config.processes.distributed_timeout))
         if process_group.is_main:
             stack.enter_context(storage.exclusive_lock(output_dir / ".lock", f"training into {output_dir}"))
-            storage.clean_stale_tree(output_dir, is_locked=True)
+            tempnames.clean_stale_tree(output_dir, is_locked=True)
         stop = stack.enter_context(StopRequest())
         if process_group.heartbeat is not None:
             process_group.heartbeat.stopping = stop.error_while_waiting

@@ -14,7 +14,7 @@ import sys
 import psutil
 import pytest
 
-from simpletuner import storage
+from simpletuner import storage, tempnames
 from simpletuner.cli.program import main
 from simpletuner.disk import (
     DiskError,
@@ -102,8 +102,8 @@ def test_leftovers_of_another_machine_go_once_the_lock_is_held_in_all_folders_bu
         foreign = [new_sibling(folder / "x", "tmp") for folder in folders]
     for path in [*living, *foreign]:
         path.write_bytes(b"half")
-    assert storage.clean_stale_tree(tmp_path) == []
-    assert sorted(storage.clean_stale_tree(tmp_path, is_locked=True)) == sorted(foreign)
+    assert tempnames.clean_stale_tree(tmp_path) == []
+    assert sorted(tempnames.clean_stale_tree(tmp_path, is_locked=True)) == sorted(foreign)
     assert all(path.exists() for path in living)
 
 

@@ -69,7 +69,7 @@ def test_a_full_disk_at_any_operation_is_reported_and_leaves_the_old_or_the_new(
                 error = None
             except DataError as caught:
                 error = caught
-        storage.clean_stale(tmp_path)
+        tempnames.clean_stale(tmp_path)
         assert storage.verify_dir(final) == []
         assert (final / "data.txt").read_text() in ("old", "new")
         if len(seen) < operation:
@@ -297,16 +297,16 @@ def test_sweep_clears_what_the_dead_left_and_nothing_else(tmp_path):
     foreign.mkdir()
     user = tmp_path / ".tmp-of-the-user"
     user.mkdir()
-    assert len(storage.clean_stale(tmp_path)) == 3
+    assert len(tempnames.clean_stale(tmp_path)) == 3
     assert sorted(tmp_path.iterdir()) == sorted([mine, foreign, user, tmp_path / "replaced"])
     os.utime(foreign, (0, 0))
-    assert storage.clean_stale(tmp_path) == [foreign]
+    assert tempnames.clean_stale(tmp_path) == [foreign]
 
 
 def test_sweep_puts_back_what_was_moved_aside_and_not_replaced(tmp_path):
     _commit(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1").rename(tmp_path / _dead_name("aside", "-checkpoint-1"))
-    storage.clean_stale(tmp_path)
+    tempnames.clean_stale(tmp_path)
     assert storage.verify_dir(tmp_path / "checkpoint-1") == []
 
 
@@ -432,7 +432,7 @@ def test_another_machine_s_left_over_is_left_for_a_day(tmp_path):
     for hours, stays in ((23, True), (25, False)):
         moment = time.time() - hours * 3600
         os.utime(foreign, (moment, moment))
-        storage.clean_stale(tmp_path)
+        tempnames.clean_stale(tmp_path)
         assert foreign.exists() == stays
 
 
@@ -451,7 +451,7 @@ def test_what_a_living_process_writes_is_not_looked_into(tmp_path):
     mine = tempnames.new_sibling(tmp_path / "a", "tmp")
     (mine / "sub" / _dead_name("tmp")).mkdir(parents=True)
     (tmp_path / "runs" / "one" / _dead_name("tmp")).mkdir(parents=True)
-    assert len(storage.clean_stale_tree(tmp_path)) == 1
+    assert len(tempnames.clean_stale_tree(tmp_path)) == 1
     assert (mine / "sub" / _dead_name("tmp")).is_dir()
     assert list((tmp_path / "runs" / "one").iterdir()) == []
 

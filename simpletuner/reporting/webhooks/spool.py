@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from simpletuner import storage
+from simpletuner import storage, tempnames
 from simpletuner.errors import DataError, Problem
 from simpletuner.reporting.webhooks.messages import Message
 
@@ -61,7 +61,7 @@ class Spool:
     def names(self) -> list[str]:
         """Names of the messages that wait, oldest first; the list is the spool's own."""
         if self._names is None:
-            storage.clean_stale(self.folder)
+            tempnames.clean_stale(self.folder)
             self._names = sorted(path.name for path in self.folder.glob("*-*.json"))
         return self._names
 
