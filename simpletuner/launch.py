@@ -233,7 +233,7 @@ def spec_of_model(source: ModelSource) -> FamilySpec:
     specs, _ = all_specs()
     for spec in specs:
         published = {flavour.hub_id for flavour in spec.flavours.values()}
-        if pipeline in (spec.pipeline_class, *spec.pipeline_aliases) or source.model in published:
+        if spec.has_pipeline(pipeline) or source.model in published:
             return spec
     raise ConfigError(
         Problem(

@@ -58,7 +58,7 @@ def detail_lines(spec: FamilySpec) -> list[str]:
         lines.append(f"  {flavour.name}{default}: {flavour.hub_id}")
         lines.append(f"    {'; '.join(part for part in (flavour.description, flavour.licence) if part)}")
         if flavour.parameters:
-            # Convolutions, of which the MLPs of Sana are made, and layers outside of the blocks are not packed.
+            # Layers that are not linear and those outside of the blocks are not packed.
             packed = " and ".join(f"{bytes_text(flavour.weight_bytes(bits))} in {bits}" for bits in (8, 4))
             sizes = f"{bytes_text(flavour.weight_bytes())} in 16 bits, at least {packed}"
             lines.append(f"    denoiser: {short_count(flavour.parameters)} parameters; frozen weights {sizes}")

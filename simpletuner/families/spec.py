@@ -219,6 +219,10 @@ class FamilySpec:
         """Pixels: every side of a training image is a multiple of this."""
         return self.vae_factor * self.patch_size
 
+    def has_pipeline(self, name: str | None) -> bool:
+        """Whether models whose `model_index.json` names this pipeline are of the family."""
+        return name in (self.pipeline_class, *self.pipeline_aliases)
+
     @property
     def networks(self) -> set[tuple[str, str]]:
         """(Folder, class) of the denoiser and the text encoders; families that share them can share a model."""

@@ -209,8 +209,10 @@ def _refusal(source: ModelSource, spec: FamilySpec) -> Problem | None:
         if any(name.lower() == refused.lower() for name in names):
             message = f"{source.model} ({refused}) cannot be trained as {spec.title}: {reason}"
             return Problem(message, key=MODEL_KEY, fix="name another model")
+    if pipeline is None or spec.has_pipeline(pipeline):
+        return None  # and the other families need not be imported
     for other in all_specs()[0]:
-        if pipeline in (other.pipeline_class, *other.pipeline_aliases) and other.networks != spec.networks:
+        if other.has_pipeline(pipeline) and other.networks != spec.networks:
             message = f"{source.model} is a model of {other.title} ({pipeline}), and model_family is {spec.name}"
             fix = f"set model_family to {other.name}, or name a model of {spec.title}"
             return Problem(message, key=MODEL_KEY, fix=fix)

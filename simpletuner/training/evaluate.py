@@ -125,8 +125,8 @@ def is_comparable(run: Run, checkpoint: Path) -> bool:
 
 
 def evaluate_anew(run: Run, resumed: Path) -> None:
-    """What is evaluated has changed: forget the losses of before, and set the checkpoint aside that was the best then,
-    unless the run has just resumed from it."""
+    """What is evaluated has changed: forget the losses of before, and move the checkpoint that was the best then to
+    `earlier-runs/`, unless the run has just resumed from it."""
     text = "the eval images or timesteps are not those of before: eval losses and the best checkpoint start anew"
     best = run.session.output_dir / BEST
     if run.session.checkpoints.best_evaluation() is not None and best != resumed and not is_comparable(run, best):

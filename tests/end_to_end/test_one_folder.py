@@ -247,7 +247,7 @@ def test_the_best_is_kept_by_default_and_comes_back_from_its_numbered_checkpoint
 
 
 def test_losses_of_another_evaluation_are_compared_with_nothing(tmp_path: Path, omnigen_folder: Path):
-    """At other noise levels no loss is that of before: the best of then is set aside, and the first new one counts."""
+    """At other noise levels no loss is that of before: the best of then is moved, and the first new one counts."""
     folder = write_run(tmp_path, omnigen_folder, **QUICK, eval_steps_interval=2)
     output = train_here(folder)
     train_here(folder)

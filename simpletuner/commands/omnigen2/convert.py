@@ -132,10 +132,9 @@ def _write_full(tensors: dict[str, Tensor], document: YamlDocument, save_path: P
         for key, value in document.values.items()
         if key.startswith(_ARCHITECTURE)
     }
-    module, _, name = get_spec("omnigen2").component("denoiser").class_name.rpartition(".")
     try:
         with torch.device("meta"):
-            denoiser = import_class(f"{module}:{name}")(**options)
+            denoiser = import_class(get_spec("omnigen2").component("denoiser").class_name)(**options)
     except TypeError as error:
         raise ConfigError(document.problem("model.arch_opt", f"cannot be used: {error}")) from error
     try:

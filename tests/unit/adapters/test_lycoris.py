@@ -294,7 +294,7 @@ def test_a_strength_multiplies_the_multiplier_that_is_written() -> None:
 
 
 def test_kernels_that_cannot_be_had_are_reported_where_they_were_wanted(quickstart, monkeypatch) -> None:
-    """A CPU has none; a run that had them is told that its last bits differ."""
+    """A CPU has none; a run that had them logs that its last bits differ."""
     adapter = attach(quickstart)[1]
     given = torch.device("cpu"), torch.float32
     assert adapter.choose_kernels(*given, {}) == adapter.choose_kernels(*given, {"4x4 8x8": False}) == []
