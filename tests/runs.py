@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from simpletuner.config.loading import LoadedRun, load_run
 from simpletuner.errors import Interrupted
 from simpletuner.training import finish, loop
 from simpletuner.training.trainer import train
+from tests.exit_codes import exit_code_of
 
 LYCORIS = {
     "algo": "lokr",
@@ -194,10 +196,9 @@ def run_forked(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
             sys.argv = ["simpletuner", *arguments]
             from simpletuner.cli import main
 
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0
+            code = exit_code_of(main)
+        except BaseException:  # noqa: BLE001 - as Python itself would, so that a test sees a crash
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -14,6 +14,7 @@ from simpletuner.cli.shared import say_for_all
 from simpletuner.distributed.lifeline import LIFELINE
 from simpletuner.errors import DataError, Interrupted, Problem
 from tests.costs import calls_in_program
+from tests.exit_codes import exit_code_of
 
 PROGRAM = [sys.executable, "-c", "from simpletuner.cli import main; main()"]
 
@@ -27,11 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["simpletuner", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        code = exit_code_of(cli.main)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -17,6 +17,7 @@ from simpletuner.cli.imports import processes_of, run_of_options
 from simpletuner.cli.shared import print_to_stderr, say
 from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.errors import ConfigError
+from tests.exit_codes import exit_code_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -29,11 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["simpletuner", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        code = exit_code_of(cli.main)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
