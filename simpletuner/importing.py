@@ -27,5 +27,7 @@ def collector_off() -> Iterator[None]:
 
 def import_class(dotted_name: str) -> Any:
     """The class of `package.module.Class` or `package.module:Class`, its module imported where it is not."""
+    # With a colon the error of a module that cannot be imported is raised; without one Python looks for an attribute.
+    name = dotted_name if ":" in dotted_name else ":".join(dotted_name.rsplit(".", 1))
     with collector_off():
-        return pkgutil.resolve_name(dotted_name)
+        return pkgutil.resolve_name(name)
