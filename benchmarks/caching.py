@@ -173,7 +173,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--source-side", type=int, default=128, help="of the files, pixels")
     parser.add_argument("--batch", type=int, default=1, help="more than 1 pays on accelerators only")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--goal", type=float, default=GOAL)
     figures = measure(parser.parse_args(words))
     print(json.dumps(figures))

@@ -103,7 +103,7 @@ class LocalBackend:
                 raise UnusableFile(NOT_READ[NO_FILE])
             if before.st_size > MAX_FILE_BYTES:
                 raise UnusableFile(NOT_READ[TOO_LARGE])
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(before.st_size)  # its buffer is as large as what is asked for
             after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
             raise OSError(errno.EAGAIN, "it changed while it was read")

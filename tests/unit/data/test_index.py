@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -439,3 +440,16 @@ def test_captions_that_an_earlier_version_read_are_read_again_and_nothing_else(f
     assert opened == ["p0.txt"]
     assert [text for text in index.texts(catalog.texts.tolist()) if text] == ["café"]
     assert scan(folder, tmp_path)[2] == []
+
+
+def test_reading_a_small_file_takes_no_buffer_for_the_largest(folder: Path) -> None:
+    """A buffer of 512 MiB is mapped and unmapped for each image otherwise, which also slows the thread that encodes."""
+    backend = LocalBackend(folder)
+    tracemalloc.start()
+    try:
+        data = backend.read(b"p0.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert data == (folder / "p0.png").read_bytes()
+    assert peak < 1_000_000
