@@ -17,6 +17,7 @@ from typing import Literal
 from simpletuner.errors import EXIT_CONFIG, EXIT_OK, bytes_text
 from simpletuner.hardware import GIB, Hardware, detect_hardware, missing_compiler
 from simpletuner.reporting.trackers.readiness import wandb_problems
+from simpletuner.text import without_login
 
 State = Literal["ok", "note", "fault"]
 
@@ -232,7 +233,7 @@ def look_at_logins(environment: Mapping[str, str]) -> Iterator[Finding]:
     from huggingface_hub import get_token
 
     endpoint = environment.get("HF_ENDPOINT")
-    at = f" at {endpoint}" if endpoint else ""
+    at = f" at {without_login(endpoint)}" if endpoint else ""
     if environment.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         yield Finding("note", "hub", "HF_HUB_OFFLINE is set: models cannot be downloaded", "unset it")
     elif get_token():

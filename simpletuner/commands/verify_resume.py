@@ -288,7 +288,9 @@ def shortened(loaded: LoadedRun, output_dir: Path, last_step: int) -> LoadedRun:
     }
     if config.evaluation.eval_steps_interval or config.evaluation.eval_epoch_interval:
         changes |= {"eval_steps_interval": INTERVAL, "eval_epoch_interval": None}
-    if not config.validation.validation_disable:
+    if config.validation.validation_method == "external-script":  # the program may send what it makes
+        changes["validation_disable"] = True
+    elif not config.validation.validation_disable:
         changes |= {"validation_step_interval": INTERVAL, "validation_epoch_interval": None}
         changes |= {"validation_num_inference_steps": min(config.validation.validation_num_inference_steps, 2)}
     return replace(loaded, config=config.with_values(changes), webhooks=Webhooks())

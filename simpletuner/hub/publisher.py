@@ -191,25 +191,31 @@ class Publisher:
         from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
 
         retrying = Retrying(
-            retry=retry_if_exception_type(upload_failures()),
+            retry=retry_if_exception_type(_failures()),
             wait=wait_random_exponential(self._first_pause, LONGEST_PAUSE),
             sleep=self._pause,
         )
-        while retrying(self._send_next):
-            pass
+        try:
+            while retrying(self._send_next):
+                pass
+        except BaseException as error:  # a mistake of ours: the end of the run must not wait for a thread that is gone
+            with self._changed:
+                self._refusal = f"unexpected {type(error).__name__}: {error}"
+                self._changed.notify_all()
+            raise
 
     def _send_next(self) -> bool:
         """One try of the newest upload; False at the end. A try after a failure may send a newer one.
 
         Raises:
-            Exception: one of `upload_failures`; it is noted already.
+            Exception: one of `_failures`; it is noted already.
         """
         upload = self._next()
         if upload is None:
             return False
         try:
             self._send(upload)
-        except upload_failures() as error:
+        except _failures() as error:
             self._fail(upload, error)
             raise
         self._trouble = None
@@ -267,7 +273,10 @@ class Publisher:
 
     def _done(self, upload: Upload) -> None:
         state = {"repo": self._job.name, "step": upload.step, "is_last": upload.is_last, **self._run}
-        storage.write_json(self._job.output_dir / STATE_FILE, state)
+        try:
+            storage.write_json(self._job.output_dir / STATE_FILE, state)
+        except DataError as error:  # the weights are there, and only the note is not
+            self._report("warning", f"{error}; the next start of this run may upload step {upload.step} again")
         with self._changed:
             if upload in self._waiting:
                 self._waiting.remove(upload)
@@ -323,3 +332,8 @@ class Publisher:
 
     def _report(self, severity: Severity, text: str) -> None:
         self._notices.append(Notice(severity, text))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What costs a try: the Hub's failures, and a disk that does not take the card."""
+    return (*upload_failures(), DataError)

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simpletuner.config.datasets import dataset_options
 from simpletuner.config.discovery import ConfigSource
 from simpletuner.config.json_reader import read_text_file
 from simpletuner.config.json_writer import INDENT, json_text, remove_value, set_value
 from simpletuner.config.loading import LoadedRun, load_source
 from simpletuner.config.options.reporting import ReportingOptions
 from simpletuner.config.prompt_library import prompt_texts
+from simpletuner.config.webhooks import webhook_options
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.reporting.trackers.readiness import check_trackers
 from simpletuner.storage import write_bytes
@@ -60,8 +62,13 @@ _HEADINGS: Mapping[str, tuple[str, ...]] = {
 }
 _SCHEMA = "schemas/config.schema.json"
 _MISSING = object()
-# The value of a key that is a secret, but for the name of a variable that holds it.
-_SECRET = re.compile(r'("(?:webhook_url|callback_url|auth_token)"\s*:\s*")(?!\$\{)[^"]*(")')
+_SECRET_KEYS = "|".join(
+    name for keys in (webhook_options(), dataset_options("image")) for name, info in keys.items() if info.is_secret
+)
+# The value of a key that is a secret, but for the name of a variable that holds it; and webhooks in one text.
+_SECRET = re.compile(
+    rf'("(?:{_SECRET_KEYS}|-*webhook_config(?="\s*:\s*"\s*[\[{{]))"\s*:\s*")(?!\$\{{)(?:[^"\\]|\\.)*(")'
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def diff_lines(project: Project, texts: Mapping[Path, str]) -> Iterator[str]:
 
 
 def without_secrets(line: str) -> str:
-    """A line of a file as it is shown: who has the address of a webhook can post with it."""
+    """A line of a file as it is shown: without logins, and without addresses of webhooks, which anybody can post to."""
     return _SECRET.sub(r"\1(not shown)\2", line)
 
 

@@ -149,16 +149,7 @@ def _dataset(flags: argparse.Namespace) -> dict[str, Any]:
     path = Path(flags.dataset_path)
     name = re.sub(r"[^\w.-]", "-", path.resolve().name).strip("-.")
     is_square = flags.width == flags.height
-    shape = (
-        {"crop_aspect": "square", "resolution": flags.width, "resolution_type": "pixel"}
-        if is_square
-        else {
-            "crop_aspect": "closest",
-            "crop_aspect_buckets": [flags.width / flags.height],
-            "resolution": flags.width * flags.height / 1e6,
-            "resolution_type": "area",
-        }
-    )
+    aspect = {"crop_aspect": "closest", "crop_aspect_buckets": [flags.width / flags.height]}
     crops = {"crop_style": "center"} if flags.center_crop else _RANDOM_CROPS
     return {
         "id": name or "images",
@@ -166,7 +157,10 @@ def _dataset(flags: argparse.Namespace) -> dict[str, Any]:
         "instance_data_dir": str(path / "train"),
         "caption_strategy": "csv",
         "crop": True,
-        **shape,
+        **({"crop_aspect": "square"} if is_square else aspect),
+        # Of the shorter side: from an area both sides would be rounded, some to a neighbor of what was asked for.
+        "resolution": min(flags.width, flags.height),
+        "resolution_type": "pixel",
         **crops,
         "minimum_image_size": 0,
         "with_replacement": True,

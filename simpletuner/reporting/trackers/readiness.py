@@ -69,7 +69,7 @@ def wandb_problems(environment: Mapping[str, str], working_dir: Path) -> Iterato
     hosts = [urlsplit(base_url).netloc] if base_url else list(WANDB_HOSTS)
     if not has_netrc_entry(environment, hosts):
         yield Problem(
-            f'"wandb": nobody is logged in at {hosts[0]}',
+            f'"wandb": nobody is logged in at {hosts[0].rpartition("@")[2]}',
             key="report_to",
             fix="run: wandb login, or set WANDB_API_KEY; without an account set WANDB_MODE=offline",
         )

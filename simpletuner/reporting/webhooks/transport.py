@@ -83,7 +83,7 @@ class Transport:
         self._client = httpx.AsyncClient(
             headers={"User-Agent": f"simpletuner/{__version__}", **token},
             # Loading the certificate store takes a while, and http:// needs none.
-            verify=not target.ssl_no_verify and self._url.startswith("https"),
+            verify=not target.ssl_no_verify and self._url.lower().startswith("https"),
             timeout=httpx.Timeout(deadlines.read, connect=deadlines.connect),
             limits=httpx.Limits(max_connections=1),
         )
@@ -163,7 +163,7 @@ def retry_after(header: str | None) -> float | None:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
         except ValueError:
             return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)  # NaN becomes 0
+    return min(max(0.0, seconds), _MAX_RETRY_AFTER)  # in this order NaN becomes 0
 
 
 def _reason_of(error: Exception) -> str:

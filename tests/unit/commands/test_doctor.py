@@ -15,6 +15,7 @@ from simpletuner.commands.doctor import (
     look_at_device,
     look_at_disk,
     look_at_extras,
+    look_at_logins,
     look_at_python,
     look_at_versions,
 )
@@ -95,6 +96,11 @@ def test_each_thing_is_one_line_and_the_exit_code_follows_the_faults(tmp_path: P
 def test_a_hub_that_is_switched_off_is_noted(tmp_path: Path):
     found = list(findings({"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, tmp_path))
     assert [finding.state for finding in found if finding.name == "hub"] == ["note"]
+
+
+def test_the_login_in_an_address_is_not_printed():
+    [hub] = [each for each in look_at_logins({"HF_ENDPOINT": "https://me:pw@hub.example"}) if each.name == "hub"]
+    assert "logged in at https://hub.example" in hub.text
 
 
 @pytest.mark.slow

@@ -113,6 +113,12 @@ def test_the_proof_keeps_evaluation_images_and_average_and_nothing_leaves_it(tmp
     assert not short.webhooks.targets
 
 
+def test_the_proof_starts_no_program_of_the_user_s(tmp_path: Path, omnigen_folder: Path):
+    script = {"validation_method": "external-script", "validation_external_script": "send {local_checkpoint_path}"}
+    loaded = load_here(write_run(tmp_path / "run", omnigen_folder, validation_disable=False, **script))
+    assert shortened(loaded, tmp_path / "elsewhere", 9).config.validation.validation_disable
+
+
 def test_a_run_of_several_machines_is_refused_by_name(tmp_path: Path, omnigen_folder: Path):
     loaded = load_here(write_run(tmp_path / "run", omnigen_folder))
     several = loaded.__class__(**{**vars(loaded), "config": loaded.config.with_values({"num_machines": 2})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 import threading
@@ -16,7 +17,9 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from simpletuner.errors import EXIT_UPLOAD, UploadError
+from simpletuner import storage
+from simpletuner.disk import DiskError
+from simpletuner.errors import EXIT_UPLOAD, Problem, UploadError
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
 from simpletuner.hub.publisher import MOST_WAITING, Publisher
 from simpletuner.hub.staging import Upload, stage
@@ -436,3 +439,31 @@ def test_an_upload_is_given_up_after_its_time_and_says_why(job):
     assert problem.message == "the weights are saved, but not on the Hub: still none"
     assert problem.key == "push_to_hub"
     assert problem.fix == f"run: hf upload stars {upload.folder} . --private"
+
+
+def test_a_disk_that_takes_neither_card_nor_note_costs_a_try_and_not_the_end(hub, api, job, monkeypatch):
+    refused, write = [], storage.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        if path.name == "hub_upload.json" or (path.name == "README.md" and not refused):
+            refused.append(path.name)
+            raise DiskError(Problem("the disk is full", file=str(path)), errno.ENOSPC)
+        write(path, data)
+
+    monkeypatch.setattr(storage, "write_bytes", write_bytes)
+    reported = Reported()
+    publisher, bus = start(job, api, reported)
+    with bus:
+        publisher.finish(100)
+    assert refused == ["README.md", "hub_upload.json"]
+    assert hub.repos["me/stars"].tags == ["step-100"]
+    assert [text for text in reported.texts if "upload step 100 again" in text and "the disk is full" in text]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_upload_after_a_mistake_of_ours(job, monkeypatch):
+    monkeypatch.setattr(Publisher, "_send", lambda self, upload: {}["mistake"])
+    publisher = Publisher(job)
+    with pytest.raises(UploadError, match="not on the Hub: unexpected KeyError: 'mistake'"):
+        publisher.finish(100)
+    publisher.close()

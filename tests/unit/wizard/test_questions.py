@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -87,8 +88,12 @@ def test_another_address_keeps_what_else_was_said_of_a_webhook():
 def test_an_address_is_not_shown():
     assert without_secrets(f'+    "webhook_url": "{DISCORD}",') == '+    "webhook_url": "(not shown)",'
     assert without_secrets('+    "auth_token": "${TOKEN}",') == '+    "auth_token": "${TOKEN}",'
-    for key in ("webhook_url", "callback_url", "auth_token"):
+    for key in ("webhook_url", "callback_url", "auth_token", "aws_access_key_id", "aws_secret_access_key"):
         assert without_secrets(f'"{key}" : "abc"') == f'"{key}" : "(not shown)"'
+    assert without_secrets(r'"auth_token": "a\"bc", "x": "y"') == '"auth_token": "(not shown)", "x": "y"'
+    text = json.dumps(json.dumps([{"webhook_type": "discord", "webhook_url": DISCORD}]))
+    assert without_secrets(f'"--webhook_config": {text}') == '"--webhook_config": "(not shown)"'
+    assert without_secrets('"webhook_config": "config/hooks.json"') == '"webhook_config": "config/hooks.json"'
 
 
 @pytest.mark.parametrize(

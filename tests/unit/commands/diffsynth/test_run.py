@@ -20,6 +20,7 @@ from simpletuner.commands.diffsynth.run import Translation, import_run, translat
 from simpletuner.commands.diffsynth.scripts import SCRIPTS
 from simpletuner.commands.diffsynth.targets import lora_target
 from simpletuner.config.loading import load_run
+from simpletuner.data.buckets import BucketRules, bucket_size
 from simpletuner.data.datasets import build_datasets
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import family_names, get_spec
@@ -158,6 +159,14 @@ def test_flags_of_the_data_and_of_later_versions() -> None:
     assert (found.config["train_batch_size"], found.config["lora_init_type"]) == (2, "default")
     assert (found.config["base_model_precision"], found.config["init_lora"]) == ("fp8-quanto", "lora.safetensors")
     assert [note.split()[0] for note in found.notes[1:]] == ["--dataloader_num_workers", "--num_timesteps"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(512, 1024), (1152, 896), (640, 640)])
+def test_images_are_cut_to_exactly_the_sides_of_the_flags(width: int, height: int) -> None:
+    found = translated("flux", *FLUX, f"--width={width}", f"--height={height}")
+    [entry], alignment = found.data, found.config["aspect_bucket_alignment"]
+    rules = BucketRules(entry["resolution"], entry["resolution_type"], alignment=alignment)
+    assert bucket_size(entry.get("crop_aspect_buckets", [1.0])[0], rules) == (height, width)
 
 
 def test_the_stage_of_deepspeed_needs_processes_and_no_float16(folder: Path) -> None:

@@ -57,6 +57,8 @@ def test_a_login_elsewhere_is_no_login_here(home: Path):
     check_trackers(config("wandb"), {}, home)
     with pytest.raises(ConfigError, match=r"wandb\.example"):
         check_trackers(config("wandb"), {"WANDB_BASE_URL": "https://wandb.example"}, home)
+    with pytest.raises(ConfigError, match=r"at wandb\.example:8080\n"):
+        check_trackers(config("wandb"), {"WANDB_BASE_URL": "https://me:pw@wandb.example:8080"}, home)
 
 
 def test_what_wandb_offline_has_written_counts(home: Path):
