@@ -25,6 +25,7 @@ def table() -> list[tuple[list[str], bool, list[float]]]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_errors_of_every_format_are_those_that_are_measured() -> None:
     path = ROOT / "benchmarks" / "number_formats.py"
     spec = importlib.util.spec_from_file_location("number_formats", path)

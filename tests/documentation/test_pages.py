@@ -163,6 +163,7 @@ def texts_of(module: Path) -> list[str]:
     return [node.value for node in constants if isinstance(node.value, str)]
 
 
+@pytest.mark.slow
 def test_messages_that_troubleshooting_quotes_are_the_program_s():
     """Quoted in bold, with `...` for what differs from case to case."""
     text = (PAGES / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
@@ -250,6 +251,7 @@ def test_the_architecture_names_code_that_exists():
     assert [path for path in folders if not any((root / path).is_dir() for root in (ROOT, ROOT / "simpletuner"))] == []
 
 
+@pytest.mark.slow
 def test_messages_that_explain_a_missing_checkpoint_are_the_program_s():
     text = (PAGES / "ARCHITECTURE.md").read_text(encoding="utf-8")
     [section] = re.findall(r"^## Why was no checkpoint written\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)

@@ -54,6 +54,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(name: str, 
         assert all(torch.equal(expected[key], found[key]) for key in expected), file
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_file_of_another_program(tmp_path: Path, omnigen_folder: Path) -> None:
     options = STANDARD | {"lora_format": "kohya", "learning_rate": 1e-2}
     first = train_here(run_folder(tmp_path / "first", omnigen_folder, options, None))

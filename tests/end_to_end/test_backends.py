@@ -110,6 +110,7 @@ def test_a_second_start_reads_no_object_of_a_bucket_and_a_changed_one_is_noticed
     assert len(losses(output)) == 3 * STEPS
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_holds_the_login(
     tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_no_file_of_a_run_holds_the_login(
     assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_an_object_that_goes_away_while_training_is_named(
     tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_an_object_that_goes_away_while_training_is_named(
     assert "things.aws_bucket_name" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_parquet_files_train_with_the_same_images_and_captions(
     tmp_path: Path, omnigen_folder: Path, folder: Path
 ) -> None:
@@ -207,6 +210,7 @@ def test_a_dataset_on_the_hub_is_fetched_once_and_trains(tmp_path: Path, omnigen
     assert len(losses(place / "output")) == 2 * STEPS
 
 
+@pytest.mark.slow
 def test_types_of_places_mix_in_one_run(tmp_path: Path, omnigen_folder: Path, server: S3, folder: Path) -> None:
     server.upload(folder, "images", "mix/")
     write_images(tmp_path / "mixed" / "images", 2, seed=3)

@@ -66,6 +66,7 @@ def prepare(folder: Path, model: Path, data: list[dict[str, Any]], **options: An
     return write_run(folder, model, data, **({"masked_loss_probability": 0.8} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", slow_but(FEATURES, ("weights, schedules, a batch size of its own",)))
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, omnigen_folder, monkeypatch, features: str) -> None:
     data, options = FEATURES[features], {"gradient_accumulation_steps": 2}
@@ -90,6 +91,7 @@ def test_what_may_be_mirrored_is_cached_in_both_versions_and_what_is_not_kept_is
     assert counts == {"images": 10, "more": 0, "regularisation": 3}
 
 
+@pytest.mark.slow
 def test_a_mask_changes_what_is_learned_and_a_probability_of_zero_does_not(tmp_path, omnigen_folder) -> None:
     masked, plain = FEATURES["masks and mirrored images"], [dataset("images", random_flip=True)]
     results = [

@@ -65,6 +65,7 @@ def test_a_model_that_is_shown_the_answer_learns_to_copy_it(tmp_path: Path, mode
     assert losses["right"][-1] < 0.5 * losses["wrong"][-1]
 
 
+@pytest.mark.slow
 def test_pairs_masks_mirrors_and_dropped_captions_go_together(tmp_path: Path, model: Path) -> None:
     write_pairs(tmp_path, "pairs", 6, seed=1)
     write_images(tmp_path / "styles", 6, seed=2, side=80)
@@ -124,6 +125,7 @@ def test_another_reference_is_encoded_and_nothing_else_and_pruning_keeps_referen
     assert len(entry_keys(tmp_path, "pairs-sources") & before["pairs-sources"]) == 3
 
 
+@pytest.mark.slow
 def test_references_are_encoded_on_demand_with_the_same_losses(tmp_path: Path, model: Path) -> None:
     losses = []
     for name, keys in (("ahead", {}), ("demand", {"vae_cache_ondemand": True}), ("never", {"vae_cache_disable": True})):
@@ -135,6 +137,7 @@ def test_references_are_encoded_on_demand_with_the_same_losses(tmp_path: Path, m
     assert not entry_keys(tmp_path / "never", "pairs-sources")
 
 
+@pytest.mark.slow
 def test_one_of_several_references_can_be_drawn(tmp_path: Path, model: Path) -> None:
     losses = []
     for sampling in ("combined", "random", "random"):
@@ -150,6 +153,7 @@ def test_one_of_several_references_can_be_drawn(tmp_path: Path, model: Path) -> 
     assert losses[1] == losses[2]
 
 
+@pytest.mark.slow
 def test_validation_edits_the_first_held_out_image_or_what_is_named(tmp_path: Path, model: Path) -> None:
     """Base images of one prompt, seed and model differ by the reference alone."""
     generated = {}
@@ -174,6 +178,7 @@ def test_validation_edits_the_first_held_out_image_or_what_is_named(tmp_path: Pa
     assert len(set(generated.values())) == 3
 
 
+@pytest.mark.slow
 def test_a_model_edits_an_image_on_the_command_line(tmp_path: Path, model: Path) -> None:
     write_images(tmp_path / "sources", 2, seed=1, side=40)
     options = (

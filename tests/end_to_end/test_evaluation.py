@@ -42,6 +42,7 @@ def losses(output: Path) -> dict[int, float]:
     return {event["step"]: event["pooled"] for event in metrics(output, "eval_done")}
 
 
+@pytest.mark.slow
 def test_equal_weights_have_an_equal_eval_loss_whatever_happened_between(tmp_path: Path, omnigen_folder: Path):
     still = {**EVERY_STEP, "learning_rate": 1e-30, "caption_dropout_probability": 0.0}
     watched = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "32"}
@@ -66,6 +67,7 @@ def test_the_reference_is_the_untouched_base_however_far_training_is(tmp_path: P
     assert events[-1]["pooled"] != pytest.approx(events[-1]["reference"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_state_of_the_lowest_loss(tmp_path: Path, omnigen_folder: Path, monkeypatch):
     fall_until(monkeypatch, 3)
     folder = write_run(
@@ -112,6 +114,7 @@ def test_the_best_of_an_earlier_run_is_skipped_at_a_fresh_start(tmp_path: Path, 
     assert weights(earlier / "checkpoint-best") == before
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_as_finished_and_a_second_start_knows(tmp_path: Path, omnigen_folder: Path, monkeypatch):
     fall_until(monkeypatch, 2)
     options = {**EVERY_STEP, "max_train_steps": 50, "early_stopping_patience": 2}
@@ -155,6 +158,7 @@ def test_a_killed_run_remembers_evaluations_after_its_last_checkpoint(
     assert metrics(folder / "output", "run_finished")[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_leaves_its_evaluation_and_makes_up_for_it(
     tmp_path: Path, omnigen_folder: Path, monkeypatch
 ):

@@ -310,6 +310,7 @@ def test_a_compiled_base_without_its_adapter_is_the_base(tmp_path: Path, omnigen
     assert step["extra"]["regularisation_loss"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_is_saved(tmp_path: Path) -> None:
     model = tiny_omnigen_folder(tmp_path / "model", num_layers=6)
 

@@ -55,6 +55,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_a_fresh_start_saves_its_own_checkpoints_and_the_latest_is_its_own(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **{**QUICK, "checkpoints_total_limit": 2}, max_grad_norm=1.0)
     output = train_here(folder, "--max_train_steps=6")
@@ -73,6 +74,7 @@ def test_a_fresh_start_saves_its_own_checkpoints_and_the_latest_is_its_own(tmp_p
     assert "resumed checkpoint-4: step 4 of 5" in notices(output)
 
 
+@pytest.mark.slow
 def test_going_back_replaces_what_lies_after_the_step(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **QUICK, eval_steps_interval=2)
     output = train_here(folder)
@@ -91,6 +93,7 @@ def test_going_back_replaces_what_lies_after_the_step(tmp_path: Path, omnigen_fo
     assert branch_of(output / "checkpoint-5") == (run, branch)
 
 
+@pytest.mark.slow
 def test_the_latest_beside_other_runs_checkpoints_exits_with_the_choices(tmp_path: Path, omnigen_folder: Path):
     one = train_here(write_run(tmp_path / "one", omnigen_folder, **QUICK))
     folder = write_run(tmp_path / "two", omnigen_folder, **QUICK)
@@ -106,6 +109,7 @@ def test_the_latest_beside_other_runs_checkpoints_exits_with_the_choices(tmp_pat
         train_here(folder, f"--resume_from_checkpoint={tmp_path}/nowhere/checkpoint-4")
 
 
+@pytest.mark.slow
 def test_a_path_means_that_checkpoint_and_not_one_of_its_name_in_the_folder(tmp_path: Path, omnigen_folder: Path):
     one = train_here(write_run(tmp_path / "one", omnigen_folder, **QUICK, seed=5))
     folder = write_run(tmp_path / "two", omnigen_folder, **QUICK)
@@ -151,6 +155,7 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_changed(tmp_path:
     assert content(output) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", slow_but(("empty", "missing", "another step"), ("another step",)))
 def test_complete_means_readable_final_weights_of_this_step(tmp_path: Path, omnigen_folder: Path, damage: str):
     folder = write_run(tmp_path, omnigen_folder, **QUICK)
@@ -174,6 +179,7 @@ def test_complete_means_readable_final_weights_of_this_step(tmp_path: Path, omni
     assert (output / WEIGHTS).read_bytes() == right
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_out_of_the_end_is_made_by_the_next_start(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **QUICK, **IMAGES, use_ema=True)
     output = train_here(folder)
@@ -205,6 +211,7 @@ def test_output_dir_that_is_renamed_under_a_run_ends_it_at_the_next_write(
     assert "resumed checkpoint-2: step 2 of 4" in notices(train_here(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before the record", "after the record"])
 def test_a_kill_around_the_best_checkpoint_is_made_up_for(
     tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -233,6 +240,7 @@ def test_a_kill_around_the_best_checkpoint_is_made_up_for(
     assert recorded == {str(step): loss for step, loss in losses.items()}
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_by_default_and_comes_back_from_its_numbered_checkpoint(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **QUICK, eval_steps_interval=2)
     output = train_here(folder)
@@ -246,6 +254,7 @@ def test_the_best_is_kept_by_default_and_comes_back_from_its_numbered_checkpoint
     assert "checkpoint-best is checkpoint-4" in " ".join(notices(output))
 
 
+@pytest.mark.slow
 def test_losses_of_another_evaluation_are_compared_with_nothing(tmp_path: Path, omnigen_folder: Path):
     """At other noise levels no loss is that of before: the best of then is moved, and the first new one counts."""
     folder = write_run(tmp_path, omnigen_folder, **QUICK, eval_steps_interval=2)
@@ -265,6 +274,7 @@ def test_losses_of_another_evaluation_are_compared_with_nothing(tmp_path: Path, 
     assert sum("start anew" in text for text in notices(output)) == 1
 
 
+@pytest.mark.slow
 def test_no_tenth_of_an_epoch_is_lost(tmp_path: Path, omnigen_folder: Path):
     """Ten batches in an epoch: each step ends a tenth, also where a resume begins. In floats 0.3 // 0.1 is 2."""
     data = [dataset("images", repeats=0), dataset("held_out", dataset_type="eval")]
@@ -285,6 +295,7 @@ def unpack(folder: Path, model: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_is_adopted_and_goes_on(tmp_path: Path, omnigen_folder: Path):
     folder = unpack(tmp_path, omnigen_folder)
     output = folder / "output"
@@ -326,6 +337,7 @@ def test_a_fresh_start_in_a_folder_of_an_earlier_version_moves_all_of_it(tmp_pat
     assert content(earlier(output)).items() >= before.items()
 
 
+@pytest.mark.slow
 def test_a_sheet_shows_no_image_of_an_earlier_run(tmp_path: Path, omnigen_folder: Path):
     folder = write_run(tmp_path, omnigen_folder, **QUICK, **IMAGES)
     output = train_here(folder)

@@ -35,6 +35,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, omnigen_folder: Path) -
     return write_run(tmp_path_factory.mktemp("run"), omnigen_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(OPTIMIZERS, ("adamw_bf16", "adamw", "adamw_schedulefree", "prodigy")))
 def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> None:
     loaded = load_here(run_folder)
@@ -60,6 +61,7 @@ def test_every_optimizer_trains_the_tiny_model(name: str, run_folder: Path) -> N
     assert losses[-1] < losses[0] - 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_but(("adamw_schedulefree", "bnb-lion8bit-paged", "prodigy", "muon", "soap"), ("adamw_schedulefree",)),
@@ -91,6 +93,7 @@ def test_checkpoints_and_results_of_schedule_free_hold_the_average(tmp_path: Pat
         torch.testing.assert_close(y, 0.1 * state[f"{name}//z"] + 0.9 * averaged[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_rate_scales_with_the_images_of_a_step(tmp_path: Path, omnigen_folder: Path) -> None:
     options = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "lr_scale": True}
     plain = train_here(write_run(tmp_path / "plain", omnigen_folder, **options))

@@ -163,6 +163,7 @@ def test_text_encoders_are_packed_and_their_cache_knows(tmp_path: Path) -> None:
     assert keys[0] != keys[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", slow_but(ADAPTERS, ("lokr",)))
 @pytest.mark.parametrize("precision", slow_but(["int8-quanto", "int8dq-torchao"], ("int8-quanto",)))
 def test_a_run_on_a_packed_base_resumes_to_the_same_bits_and_proves_its_file(

@@ -65,6 +65,7 @@ def run(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(tmp_path / "run", model)
 
 
+@pytest.mark.slow
 def test_files_give_the_bits_of_the_encoders_and_no_caption_is_encoded(run: Path, monkeypatch) -> None:
     """Text encoders pad to one length and batches of eight differ in the last bits, so the losses are compared."""
     encoded = Encoded(monkeypatch)
@@ -78,6 +79,7 @@ def test_files_give_the_bits_of_the_encoders_and_no_caption_is_encoded(run: Path
         torch.testing.assert_close(from_files[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_file_reaches_the_caption_that_it_belongs_to(run: Path, monkeypatch) -> None:
     """Every file holds its own number; the batch must have the number of the caption that it reports."""
     numbers = {caption: 2.0 * index + place for index in range(COUNT) for place, caption in enumerate(captions(index))}

@@ -50,6 +50,7 @@ VARIANTS = {
 QUICK = ("lokr, accumulation, EMA, clip by value", "full, cosine, EMA, clip by norm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", slow_but(VARIANTS, QUICK))
 def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(tmp_path, omnigen_folder, monkeypatch, variant):
     require_same_bits_after_a_stop(
@@ -57,6 +58,7 @@ def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_evaluation_validation_and_trackers_do_not_change_a_bit(tmp_path, omnigen_folder):
     plain = train_here(write_run(tmp_path / "plain", omnigen_folder))
     watched = train_here(
@@ -75,6 +77,7 @@ def test_evaluation_validation_and_trackers_do_not_change_a_bit(tmp_path, omnige
     assert weights_of(watched / "checkpoint-8") == weights_of(plain / "checkpoint-8")
 
 
+@pytest.mark.slow
 def test_a_damaged_latest_checkpoint_is_skipped_and_the_one_before_is_used(tmp_path, omnigen_folder):
     folder = write_run(tmp_path / "run", omnigen_folder)
     output = train_here(folder)
@@ -122,6 +125,7 @@ def test_a_finished_run_started_again_writes_no_checkpoint(tmp_path, omnigen_fol
     assert (output / "checkpoint-2" / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_still_gets_its_evaluation_images_and_weights(
     tmp_path, omnigen_folder, monkeypatch
 ):

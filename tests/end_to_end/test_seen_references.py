@@ -105,6 +105,7 @@ def test_every_caption_is_encoded_once_with_its_references_before_the_denoiser_i
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_another_reference_asks_for_its_captions_again(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_dropped_caption_is_encoded_with_references_only_where_it_may_keep_the
     assert len([each for each in wanted if each.images]) == count
 
 
+@pytest.mark.slow
 def test_references_that_are_cut_anew_in_each_round_need_encoders_that_stay(tmp_path: Path, model: Path) -> None:
     folder = write(tmp_path, model, validation_disable=True)
     text = (folder / "multidatabackend.json").read_text()

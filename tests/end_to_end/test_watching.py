@@ -20,7 +20,8 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
 def test_weights_are_bitwise_the_same_whether_a_run_is_watched_or_not(tmp_path: Path, omnigen_folder: Path, full: bool):
     options = {"max_train_steps": 4, "use_ema": True, "model_type": "full" if full else "lora"}
     options |= {"learning_rate": 1e-3 if full else 1e-2, "caption_dropout_probability": 0.3}

@@ -126,11 +126,13 @@ def faults_of_a_step(family: ModelFamily, attach: Callable[[nn.Module, ModelFami
 MARKS: dict[str, Any] = {"LoRA": (), "LoKr": (), "OFT, constrained": pytest.mark.slow, "boft": pytest.mark.slow}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.ci)) for name in ADAPTERS])
 def test_every_adapter_is_whole_on_its_device_and_waits_for_nothing(name: str, make_family: Any) -> None:
     assert faults_of_a_step(make_family(), ADAPTERS[name]) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["LoRA", "LoKr"])
 @pytest.mark.parametrize(
     "precision", [PRECISIONS[0], *(pytest.param(each, marks=pytest.mark.ci) for each in PRECISIONS[1:])]

@@ -17,10 +17,10 @@ PROMPTS = ["a cat", "a green star on a white background"]
 ENCODING = [name for name in family_names() if get_spec(name).caches_prompt_embeds]
 # Its encoder picks the states of images by a mask, whose values it needs.
 NOT_KNOWN = ("qwen_image_21",)
-DEEP = ("krea2",)  # of 36 layers
+SLOW = ("krea2", "qwen_image_edit")  # 36 layers, and an encoder of images
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each in DEEP)) for each in ENCODING])
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each in SLOW)) for each in ENCODING])
 def test_embeddings_from_shapes_are_like_the_real_ones(name: str, tmp_path: Path, monkeypatch) -> None:
     spec = get_spec(name)
     source = ModelSource(str(TINY_FOLDERS[name](tmp_path / "model")))

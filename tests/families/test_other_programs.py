@@ -110,6 +110,7 @@ def is_held(spec: FamilySpec, form: str, weights: AdapterWeights) -> bool:
 QUICK = ("default layers", "lokr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but((*LORA, *LYCORIS), QUICK))
 @pytest.mark.parametrize("family", DENOISERS)
 def test_every_form_does_elsewhere_what_the_table_says(family: str, name: str, tmp_path: Path) -> None:

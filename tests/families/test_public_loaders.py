@@ -50,6 +50,7 @@ def randomized(adapter: LoraAdapter) -> LoraAdapter:
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("name", READ_BY_DIFFUSERS)
 def test_the_stock_pipeline_generates_the_trainers_own_image(tmp_path: Path, name: str, file_format: str):

@@ -38,6 +38,7 @@ class Replicated(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", family_names())
 def test_a_micro_batch_never_waits_for_the_device(name: str, tmp_path: Path) -> None:
     """On torch's meta device, where there is nothing to read: what asks for a value raises."""

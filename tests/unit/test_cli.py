@@ -165,6 +165,7 @@ def test_an_error_with_a_cause_shows_its_traceback_when_debugging(run, monkeypat
     assert "FileNotFoundError: [Errno 2]" in errors
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
     program = (
         "import sys, types, simpletuner.launch as launch, simpletuner.training.preflight as preflight\n"

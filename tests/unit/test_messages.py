@@ -88,6 +88,7 @@ def faults_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield value.lineno, f"a digest: {source}"
 
 
+@pytest.mark.slow
 def test_no_message_is_written_to_show_python_or_digests_or_bytes() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {fault}"

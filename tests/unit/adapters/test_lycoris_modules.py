@@ -42,6 +42,7 @@ def test_the_base_stays_whole_under_every_algorithm(algo: str) -> None:
     assert all(torch.equal(base[name], tensor) for name, tensor in stock.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_learns(algo: str) -> None:
     """The loss against the output of other weights falls, and the base gets no gradient."""

@@ -42,6 +42,7 @@ def test_schnell_is_distinguished_from_dev(flavour: str, architecture: str, tmp_
     assert written(family, tmp_path / "a.safetensors")["modelspec.architecture"] == architecture
 
 
+@pytest.mark.slow
 def test_v_prediction_is_what_the_weights_say(tmp_path: Path) -> None:
     family = family_in(tiny_sdxl_folder(tmp_path / "model", prediction_type="v_prediction"), "sdxl")
     assert written(family, tmp_path / "a.safetensors")["modelspec.prediction_type"] == "v"
@@ -62,6 +63,7 @@ def test_sd3_says_its_size(config: dict[str, Any], size: str, tmp_path: Path) ->
     assert family.spec_of_weights.keys.architecture == f"stable-diffusion-{size}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "alpha"), [("diffusers", "4"), ("kohya", "3"), ("lycoris", "3")])
 def test_alpha_and_rank_are_those_of_the_tensors(form: str, alpha: str, tmp_path: Path) -> None:
     """diffusers' form has the scale in its weights, so that its alpha is its rank."""
@@ -94,6 +96,7 @@ def test_the_resolution_is_width_and_height_in_pixels(config: dict[str, Any], re
     assert run_metadata(lock, 1)["ss_resolution"] == resolution
 
 
+@pytest.mark.slow
 def test_every_adapter_file_says_which_version_of_its_layout_it_has(tmp_path: Path) -> None:
     family = family_in(tiny_sdxl_folder(tmp_path / "model"), "sdxl")
     assert written(family, tmp_path / "a.safetensors")["simpletuner_file_version"] == "2"

@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", tiny_z_image_folder(tmp_path / "model"), [dataset("images")], **options)
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_or_encoded_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextEncoders, "encoder", lambda self, name="text_encoder": pytest.fail("loaded"))
     said: list[str] = []
@@ -52,6 +53,7 @@ def test_nothing_is_loaded_or_encoded_for_it(folder: Path, monkeypatch: pytest.M
     assert any("before the denoiser is loaded" in line for line in said)
 
 
+@pytest.mark.slow
 def test_what_is_cached_is_no_more_to_come_and_no_text_takes_more_than_was_said(folder: Path) -> None:
     loaded = load_here(folder)
     family = build_family(loaded.config)
@@ -70,6 +72,7 @@ def test_what_is_cached_is_no_more_to_come_and_no_text_takes_more_than_was_said(
     assert prompts_folder(loaded, family.spec) == before.folder
 
 
+@pytest.mark.slow
 def test_on_demand_the_encoders_are_counted_beside_the_denoiser_and_without_a_cache_no_disk(folder: Path) -> None:
     found = make_plan(load_here(folder, "--text_cache_disable=true"), probe=False)
     encoder = build_family(load_here(folder).config).encoders.encoder()

@@ -85,6 +85,7 @@ def test_a_lokr_is_written_where_it_can_be_and_the_rest_is_reported(runs, tmp_pa
         export(runs["lokr"], "kohya", output=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lokr_becomes_a_lora_when_asked_and_the_loss_is_reported(runs, tmp_path: Path) -> None:
     paths, said = export(runs["lokr"], "diffusers", output=tmp_path / "small.safetensors", rank=2)
     assert paths == [tmp_path / "small.safetensors"]

@@ -81,6 +81,7 @@ def test_weights_are_counted_from_shapes_alone(folder, omnigen_folder, monkeypat
     assert found.parameters < rows(found)["frozen weights"] / 4  # the table of positions is no parameter
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_planned(folder):
     arguments = ("--use_ema=true", "--max_train_steps=2")
     found = planning.make_plan(load_here(folder, *arguments), probe=False)
@@ -211,6 +212,7 @@ def test_a_plan_has_room_for_the_step_of_the_optimizer_where_the_activations_lea
     ]
 
 
+@pytest.mark.slow
 def test_a_model_of_billions_is_planned_without_its_weights(folder, tmp_path, omnigen_folder):
     model = shutil.copytree(omnigen_folder, tmp_path / "released")
     config = json.loads((model / "transformer/config.json").read_text())
@@ -271,6 +273,7 @@ def test_numbers_read_well():
     assert [short_count(n) for n in (12, 45e3, 3.762e9)] == ["12", "45.00 k", "3.76 B"]
 
 
+@pytest.mark.slow
 def test_references_take_as_much_as_their_images(tmp_path: Path, omnigen_folder: Path):
     write_images(tmp_path / "after", 3, seed=1, side=256)
     write_images(tmp_path / "before", 3, seed=2, side=256)

@@ -70,6 +70,7 @@ def stands_in(place: tuple[str, str]) -> bool:
     return words in (PACKAGE / file).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_built_option_acts() -> None:
     # A function is given the whole configuration, or the group of options that it needs.
     read, group = keys_read(), group_of_options()

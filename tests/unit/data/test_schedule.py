@@ -115,6 +115,7 @@ def test_a_dataset_takes_part_in_exactly_its_steps() -> None:
     assert ids[7:] == [{"late"}] * 23
 
 
+@pytest.mark.slow
 def test_a_large_dataset_that_waits_does_not_make_the_small_one_slow() -> None:
     sampler = Sampler([Fake("small", 4), Fake("large", 2_000_000, Schedule(start_step=1000))], 2, seed=1)
     steps: list[list[BatchPlan]] = []

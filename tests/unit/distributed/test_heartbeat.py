@@ -83,6 +83,7 @@ def wait_in_evaluation(process_group):
     process_group.barrier()
 
 
+@pytest.mark.slow
 def test_a_frozen_process_is_given_up_and_named_with_who_waited_where():
     answer, _ = in_two(wait_in_evaluation, freeze, minutes=1.5 / 60)
     assert answer["code"] == 3
@@ -90,6 +91,7 @@ def test_a_frozen_process_is_given_up_and_named_with_who_waited_where():
     assert answer["seconds"] > 1.0
 
 
+@pytest.mark.slow
 def test_who_waits_for_one_of_another_machine_answers_once_it_was_silent_for_a_while(monkeypatch):
     monkeypatch.setattr(heartbeat, "is_frozen_at", lambda place: False)
     answer, _ = in_two(asked, freeze, minutes=10)
@@ -109,6 +111,7 @@ def test_a_process_that_works_longer_than_the_limit_is_waited_for():
     assert answers[0]["seconds"] > 5
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_frozen_one_answers_a_signal_at_once(monkeypatch):
     monkeypatch.setattr(heartbeat, "QUIET_SECONDS", 300)  # it is seen to be stopped, long before its silence shows it
     answer, _ = in_two(asked, freeze, minutes=10)

@@ -150,6 +150,7 @@ def test_who_is_stopped_is_not_waited_for_once_a_signal_came(others):
     assert len(said) == (0 if left else 1)
 
 
+@pytest.mark.slow
 def test_who_saves_after_another_has_left_on_a_signal_is_given_time(monkeypatch):
     """The main process may still write what another need not wait for."""
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.1)

@@ -52,6 +52,7 @@ class Watched:
         return sum(places != [each.data_ptr() for each in layer.parameters()] for layer, places in self.places.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "z_image", "flux2", "qwen_image", "qwen_image_edit", "omnigen2", "sd3"])
 @pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
 def test_the_embeddings_are_the_same_with_one_layer_on_the_device(name: str, precision: str, tmp_path: Path) -> None:
@@ -108,6 +109,7 @@ def test_only_what_is_in_no_layer_is_moved_to_the_device_at_once() -> None:
     assert moved.places == everything - waiting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "z_image"])
 def test_the_plan_counts_one_layer_and_what_is_in_none(name: str, tmp_path: Path) -> None:
     family = family_of(name, TINY_FOLDERS[name](tmp_path / "model"))

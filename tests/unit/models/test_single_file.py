@@ -58,6 +58,7 @@ def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_whole_sdxl_in_one_file_is_the_folder_that_it_was_written_from(sdxl: Path, bare: Path, tmp_path: Path):
     file = write_sdxl_file(sdxl, get_spec("sdxl").keys, tmp_path / "sdxl.safetensors")
     whole, single = (family_of("sdxl", s) for s in (ModelSource(str(sdxl)), ModelSource(str(bare), file=str(file))))
@@ -91,6 +92,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_whole_sd3_in_one_file_is_the_folder_that_it_was_written_from(sd3: Path, tmp_path: Path):
     """The denoiser also as diffusers reads it out of the same file."""
     import diffusers
@@ -259,6 +261,7 @@ def test_a_file_with_noise_levels_of_edm_is_refused(mark: str, tmp_path: Path, s
     assert "noise levels are those of EDM" in problem.message
 
 
+@pytest.mark.slow
 def test_a_model_folder_can_be_written_from_a_single_file(sdxl: Path, bare: Path, tmp_path: Path):
     """As full training and `export --merge` do at their end; diffusers loads it."""
     import diffusers

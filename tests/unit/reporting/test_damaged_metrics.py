@@ -61,6 +61,7 @@ def test_a_record_whose_step_is_no_number_is_left_out_and_the_run_goes_on(tmp_pa
     assert [record["step"] for record in read_records(path) if record["event"] == "step_done"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_damaged_values_stop_neither_table_nor_curve_nor_report(tmp_path):
     records = write(tmp_path)
     rng = random.Random(2)

@@ -47,6 +47,7 @@ def color_columns(image: Image.Image, color: str, below: int) -> list[int]:
     return [x for x in range(image.width) for y in range(below, image.height) if pixels[x, y] == wanted]
 
 
+@pytest.mark.slow
 def test_the_eval_curve_spans_the_run_and_falls(tmp_path: Path):
     metrics = write_metrics(tmp_path, [1.0] * 100, {0: 1.0, 50: 0.75, 100: 0.5})
     path = plot_loss(metrics, tmp_path / "loss.png")

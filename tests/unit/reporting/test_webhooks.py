@@ -106,6 +106,7 @@ def test_a_run_is_reported_in_order(tmp_path: Path) -> None:
     assert sink.take_notices() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behavior", NAMED)
 def test_what_must_arrive_does_once_the_service_recovers(tmp_path: Path, behavior: str) -> None:
     with receiver(behavior) as server:
@@ -250,6 +251,7 @@ def test_an_image_that_is_gone_costs_only_itself(tmp_path: Path) -> None:
     assert len(server.accepted[0]["images"]) == 1
 
 
+@pytest.mark.slow
 def test_retry_after_is_kept(tmp_path: Path) -> None:
     with receiver("429") as server:
         server.headers = {"Retry-After": "0.6"}
@@ -337,6 +339,7 @@ def test_a_disk_that_cannot_be_written_costs_no_message_while_the_service_works(
     assert "kept in memory only" in notice.text
 
 
+@pytest.mark.slow
 def test_waiting_takes_no_processor_time(tmp_path: Path) -> None:
     with receiver("500") as server:
         sink = make_sink(tmp_path, raw(server.url), timing=Timing(drain=0.1))

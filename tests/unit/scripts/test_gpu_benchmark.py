@@ -107,6 +107,7 @@ def test_a_missed_goal_is_seen(rows: ModuleType) -> None:
     assert not rows.is_missed(rows.ROWS["compiled"], {"error": "out of memory"})
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_says_so_and_ends_no_other(benchmark: ModuleType) -> None:
     def part(code: str, timeout: float = 60) -> dict:
         return benchmark.in_its_own_process([sys.executable, "-c", code], timeout)

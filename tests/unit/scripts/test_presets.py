@@ -98,6 +98,7 @@ def test_models_says_what_trains_on_which_card():
     assert smallest_card("sd15", "1.5") == 8
 
 
+@pytest.mark.slow
 def test_each_preset_is_a_configuration_that_can_be_read(tmp_path: Path):
     from simpletuner.config.discovery import ConfigSource
     from simpletuner.config.loading import load_source

@@ -74,6 +74,7 @@ def test_shapes_stay_inside_the_image(size, position):
         assert (border == shapes.BACKGROUNDS["white"]).all(), shape
 
 
+@pytest.mark.slow
 def test_real_drawings_are_right(judge):
     rng = random.Random(1)
     scenes = [shapes.sample_scene(rng, shapes.SHAPES) for _ in range(60)]
@@ -153,6 +154,7 @@ def test_the_example_holds_out_what_it_does_not_train_on():
     assert {background for _, background in pairs} == set(shapes.BACKGROUNDS)
 
 
+@pytest.mark.slow
 def test_the_committed_images_are_those_that_the_script_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["render_example_data.py", "--output", str(tmp_path)])
     render_example_data.main()

@@ -169,6 +169,7 @@ def test_a_step_without_memory_ends_the_run_with_what_helps(
     assert metrics(folder / "output", "run_failed")[-1]["exit_code"] == 2
 
 
+@pytest.mark.slow
 def test_measured_checkpointing_takes_the_step_again_with_more_blocks_recomputed(
     tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,7 @@ def plain_peak(model: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     return taken(load_here(folder))
 
 
-@pytest.mark.parametrize("share", [1.05, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.8, 0.4)), 0.6])
+@pytest.mark.parametrize("share", [1.05, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.8, 0.6, 0.4))])
 def test_a_plan_holds_under_each_share_of_the_plain_peak_or_says_what_is_missing(
     share: float, model: Path, plain_peak: int, tmp_path: Path
 ) -> None:
@@ -183,6 +183,7 @@ def test_what_somebody_wrote_stays_and_is_named_where_it_is_in_the_way(model: Pa
     assert problem.fix.startswith("remove gradient_checkpointing (config.json:")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "written", [{"gradient_checkpointing_interval": "2"}, {"enable_group_offload": True}, {"dynamo_backend": "eager"}]
 )
@@ -262,6 +263,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch, room: Room) -> None:
     monkeypatch.setattr(fitting.Room, "of", classmethod(lambda cls, memory, device: room))
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_encoded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

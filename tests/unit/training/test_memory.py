@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from simpletuner.training.memory import memory_gb, peak_bytes
@@ -21,6 +22,7 @@ def test_the_peak_is_what_was_held_even_after_it_is_let_go():
     assert memory_gb(torch.device("cpu")) * 2**30 == peak_bytes()
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_program_is_not_that_of_the_process_that_started_it():
     held = bytearray(b"x" * (1024 * MEBIBYTE))
     code = "from simpletuner.training.memory import peak_bytes; print(peak_bytes())"

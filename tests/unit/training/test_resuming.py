@@ -98,6 +98,7 @@ def test_a_checkpoint_without_the_length_is_resumed_where_it_says() -> None:
     assert resumed_progress({"state": Progress(3, 0, 3).place()}, EIGHT).position == 3
 
 
+@pytest.mark.slow
 def test_a_run_with_twice_the_batch_ends_at_the_epoch_that_is_asked_for(tmp_path: Path, omnigen_folder: Path) -> None:
     write_images(tmp_path / "images", 4, seed=1)
     length = {"max_train_steps": 0, "num_train_epochs": 2, "train_batch_size": 1, "checkpoint_step_interval": 0}

@@ -311,6 +311,7 @@ def test_strength_scales_what_the_adapter_adds_and_leaves_it_as_it_was(setup: Se
     assert {module.multiplier for module in setup.adapter.network.loras} == {1.0}
 
 
+@pytest.mark.slow
 def test_several_images_sizes_and_random_seeds(setup: Setup):
     changes: dict[str, Any] = {
         "num_validation_images": 2,
@@ -443,6 +444,7 @@ def test_images_that_another_process_cannot_prepare_are_drawn_by_none(setup: Set
     assert not setup.recorder.of(PhaseProgress)
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_written_cost_the_images_of_all_processes(setup: Setup):
     (setup.output_dir / "validation_images").write_text("no folder")
     validator = setup.validator()

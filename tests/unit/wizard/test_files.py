@@ -215,6 +215,7 @@ def rename_as_a_camera_does(folder: Path, with_text: int) -> None:
             text.unlink()
 
 
+@pytest.mark.slow
 def test_a_half_captioned_folder_of_photographs_trains_by_the_answers_alone(folder: Path, omnigen_folder: Path):
     rename_as_a_camera_does(folder, with_text=2)
     small = ("--max_train_steps=1", "--resolution=64", "--validation_disable=true", "--report_to=none")

@@ -174,6 +174,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_leaves_the_same_files(table: Path, families, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         count_encodings(patched, dies_at=4)
@@ -196,6 +197,7 @@ def test_a_killed_command_goes_on_and_leaves_the_same_files(table: Path, familie
     assert len(stopped) == 18
 
 
+@pytest.mark.slow
 def test_only_what_has_changed_is_made_again(table: Path, families, monkeypatch) -> None:
     run(table, families, "--disable_inverse")
     texts = count_encodings(monkeypatch)

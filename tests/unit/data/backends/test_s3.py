@@ -64,6 +64,7 @@ def test_a_second_scan_reads_no_object(server: S3, folder: Path, tmp_path: Path)
     assert len(server.requests) == 2  # one listing for each folder
 
 
+@pytest.mark.slow
 def test_only_changed_objects_are_read_again(server: S3, folder: Path, tmp_path: Path) -> None:
     first = scan(server, tmp_path)
     other = (folder / "000.png").read_bytes()

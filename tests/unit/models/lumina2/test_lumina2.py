@@ -67,6 +67,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_counted(tiny):
     assert family.count_prompt_tokens(["a cat"]) == [len(tokenizer(SYSTEM_PROMPT + "a cat").input_ids)]
 
 
+@pytest.mark.slow
 def test_images_and_calls_are_those_of_the_stock_pipeline(tiny):
     """Its guidance keeps the length of each row; time is 1 - sigma, and the answer is `data - noise`."""
     calls = require_the_images_of_the_stock_pipeline("lumina2", tiny, guidance_scale=4.0)

@@ -137,6 +137,7 @@ def test_the_second_sampler_is_dpm_solver_on_the_same_noise_levels(family: Model
     assert (ours - by_hand.euler(5.0, 2.0)).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_several_references_are_seen_in_their_order(family: ModelFamily, image: Image.Image) -> None:
     other = image.rotate(180).crop((0, 0, 32, 48))
     first, second, alone = (generate(family, each) for each in ([image, other], [other, image], [image]))

@@ -82,6 +82,7 @@ def stock_run(stock: SanaPipeline) -> tuple[list[tuple[Any, Any, Tensor]], Tenso
     return calls, latents
 
 
+@pytest.mark.slow
 def test_prompts_stand_behind_the_instruction_and_negative_ones_alone(family: ModelFamily, stock: SanaPipeline):
     """Of the instruction two states are left. One prompt is too long: the pipeline has 300 states of it."""
     prompts = [*PROMPTS, "", "word " * 80]

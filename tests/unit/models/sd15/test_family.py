@@ -157,6 +157,7 @@ def test_files_say_which_of_the_models_they_were_made_with() -> None:
     assert [keys.base_model_version for keys in found] == ["sd_v1", "sd_v2_v"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_second", [False, True])
 def test_a_whole_model_in_one_file_is_the_folder_that_it_was_written_from(is_second: bool, tmp_path: Path) -> None:
     """1.5 with projections that are convolutions, 2.1 with linear ones and OpenCLIP's encoder."""

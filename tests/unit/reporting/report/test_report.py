@@ -181,6 +181,7 @@ def test_the_page_stays_small_however_much_was_drawn(tmp_path: Path):
     assert embed.left_out > 0
 
 
+@pytest.mark.slow
 def test_a_run_of_many_steps_makes_a_small_page_without_losing_a_peak(tmp_path: Path):
     sink = JsonlSink(tmp_path)
     sink.handle(RunStarted("long", tmp_path, 20_000))
