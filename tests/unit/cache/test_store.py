@@ -1,18 +1,15 @@
-"""The store of tensors: what is put comes back bit for bit, is committed in shards, and damage is reported."""
+"""The store of tensors: what is put comes back bit for bit, and is committed in shards."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from threading import current_thread
 from types import SimpleNamespace
@@ -22,34 +19,10 @@ import torch
 from safetensors import safe_open
 
 from simpletuner import storage
-from simpletuner.cache import shards
-from simpletuner.cache.index import INDEX_NAME
-from simpletuner.cache.shards import DamagedShard, load_entry, read_entries
-from simpletuner.cache.store import QUARANTINE, DamagedEntry, StoreWriter, TensorStore
+from simpletuner.cache.shards import read_entries
+from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
 from simpletuner.errors import DataError
-
-
-def _entry(number: int) -> dict[str, torch.Tensor]:
-    return {"mean": torch.full((2, 3), float(number)), "std": torch.full((2, 3), number + 0.5)}
-
-
-def _entries(count: int, start: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    return {f"key{i}": _entry(i) for i in range(start, start + count)}
-
-
-def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.safetensors"))
-
-
-def _flip_in_entry(shard: Path, key: str) -> None:
-    """Flip one bit of the first byte of an entry's `mean`, at the place that the file's own header gives."""
-    data = bytearray(shard.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    start = json.loads(data[8 : 8 + length])[f"{key}/mean"]["data_offsets"][0]
-    data[8 + length + start] ^= 1
-    stat = shard.stat()
-    shard.write_bytes(data)
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+from tests.unit.cache.store_entries import entries, entry, flip_in_entry, shard_files
 
 
 @pytest.fixture
@@ -81,7 +54,7 @@ def test_tensors_of_every_kind_come_back_bit_for_bit(folder):
 def test_the_public_library_reads_a_shard_and_the_digest_is_there(folder):
     with TensorStore(folder) as store:
         store.put_many({"abc": {"mean": torch.tensor([1.0, 2.0])}})
-    (shard,) = _shards(folder)
+    (shard,) = shard_files(folder)
     with safe_open(shard, "pt") as file:
         assert torch.equal(file.get_tensor("abc/mean"), torch.tensor([1.0, 2.0]))
         digests = json.loads(file.metadata()["digests"])
@@ -96,12 +69,12 @@ def test_rows_of_one_batch_may_be_kept_under_their_own_keys(folder):
         store.put_many({"a": {"x": batch[0], "y": batch[0]}, "b": {"x": batch[2]}})
         assert store.get("a")["y"].tolist() == [0.0, 1.0]
         assert store.get("b")["x"].tolist() == [4.0, 5.0]
-    assert sum(shard.stat().st_size for shard in _shards(folder)) < 1000
+    assert sum(shard.stat().st_size for shard in shard_files(folder)) < 1000
 
 
 def test_missing_keys_keep_their_order_and_appear_once(folder):
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
+        store.put_many(entries(2))
         assert store.missing(["z", "key1", "a", "z", "key0"]) == ["z", "a"]
         assert "key1" in store
         assert "z" not in store
@@ -112,28 +85,28 @@ def test_missing_keys_keep_their_order_and_appear_once(folder):
 
 def test_what_is_there_keeps_its_value_and_is_not_written_twice(folder):
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
-        store.put_many({**_entries(3), "key0": _entry(99)})
+        store.put_many(entries(2))
+        store.put_many({**entries(3), "key0": entry(99)})
         assert store.get("key0")["mean"][0, 0] == 0
         assert store.stats().num_entries == 3
-    names = [name for shard in _shards(folder) for name in safe_open(shard, "pt").keys()]  # noqa: SIM118
+    names = [name for shard in shard_files(folder) for name in safe_open(shard, "pt").keys()]  # noqa: SIM118
     assert len(names) == len(set(names)) == 6
 
 
 def test_the_writer_commits_by_count_by_bytes_by_time_and_at_the_end(folder, monkeypatch):
     with TensorStore(folder) as store:
         with StoreWriter(store, max_entries=3) as writer:
-            for key, tensors in _entries(4).items():
+            for key, tensors in entries(4).items():
                 writer.put(key, tensors)
-            assert len(_shards(folder)) == 1
+            assert len(shard_files(folder)) == 1
             assert writer.waiting("key3") is not None
             assert writer.waiting("key0") is None
-        assert len(_shards(folder)) == 2
+        assert len(shard_files(folder)) == 2
         with StoreWriter(store, max_bytes=48) as writer:
-            writer.put("bytes", _entry(0))
+            writer.put("bytes", entry(0))
             assert "bytes" in store
         with StoreWriter(store, max_seconds=0.0) as writer:
-            writer.put("time", _entry(0))
+            writer.put("time", entry(0))
             assert "time" in store
         assert store.stats().num_entries == 6
 
@@ -141,7 +114,7 @@ def test_the_writer_commits_by_count_by_bytes_by_time_and_at_the_end(folder, mon
 def test_what_was_put_before_an_error_stays(folder):
     def fail() -> None:
         with StoreWriter(store) as writer:
-            writer.put("key0", _entry(0))
+            writer.put("key0", entry(0))
             raise KeyboardInterrupt
 
     with TensorStore(folder) as store:
@@ -155,11 +128,11 @@ def test_a_full_disk_is_reported_and_what_was_there_stays(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
+        store.put_many(entries(2))
         with monkeypatch.context() as patch:
             patch.setattr(storage, "_step", full)
             writer = StoreWriter(store)
-            writer.put("new", _entry(5))
+            writer.put("new", entry(5))
             with pytest.raises(DataError, match="disk is full"):
                 writer.flush()
             writer.flush()  # does not try the same again
@@ -176,196 +149,58 @@ def test_a_writer_with_an_executor_commits_there_and_says_at_the_next_commit_tha
         commit = store.put_many
         monkeypatch.setattr(store, "put_many", lambda entries: threads.add(current_thread().name) or commit(entries))
         with StoreWriter(store, max_entries=2, executor=executor) as writer:
-            for key, tensors in _entries(5).items():
+            for key, tensors in entries(5).items():
                 writer.put(key, tensors)
         assert threads == {"writes_0"}
-        assert sorted(len(store._index.keys_of(shard.name)) for shard in _shards(folder)) == [1, 2, 2]
+        assert sorted(len(store._index.keys_of(shard.name)) for shard in shard_files(folder)) == [1, 2, 2]
         writer = StoreWriter(store, max_entries=1, executor=executor)
         with monkeypatch.context() as patch:
             patch.setattr(storage, "_step", full)
-            writer.put("new", _entry(5))
+            writer.put("new", entry(5))
             with pytest.raises(DataError, match="disk is full"):
-                writer.put("newer", _entry(6))
+                writer.put("newer", entry(6))
         writer.flush()
         assert len(store.keys()) == 5
 
 
-def test_a_flipped_bit_is_found_in_get_and_costs_only_its_entry(folder):
-    with TensorStore(folder) as store:
-        store.put_many(_entries(5))
-    _flip_in_entry(_shards(folder)[0], "key3")
-    with TensorStore(folder) as store:
-        assert torch.equal(store.get("key2")["mean"], _entry(2)["mean"])
-        with pytest.raises(DamagedEntry) as caught:
-            store.get("key3")
-        assert caught.value.key == "key3"
-        assert store.missing(_entries(5)) == ["key3"]
-        assert all(torch.equal(store.get(f"key{i}")["std"], _entry(i)["std"]) for i in (0, 1, 2, 4))
-        assert len(list((folder / QUARANTINE).iterdir())) == 1
-        store.put_many({"key3": _entry(3)})
-        assert store.verify() == []
-
-
-@pytest.mark.slow
-def test_no_flipped_bit_anywhere_in_a_shard_gives_a_wrong_value(folder):
-    """Every bit of a small shard, header included: an entry reads as it was, or is missing, or is damaged."""
-    values = {"k": [1.0, 2.0], "m": [3.0]}
-    with TensorStore(folder) as store:
-        store.put_many({key: {"a": torch.tensor(value)} for key, value in values.items()})
-    (shard,) = _shards(folder)
-    data = shard.read_bytes()
-    data_start = 8 + int.from_bytes(data[:8], "little")
-    for bit in range(8 * len(data)):
-        flipped = bytearray(data)
-        flipped[bit // 8] ^= 1 << bit % 8
-        shard.write_bytes(flipped)
-        found = _read_all(shard)
-        assert all(found[key]["a"].tolist() == value for key, value in values.items() if key in found), bit
-        if bit >= 8 * data_start:
-            assert len(found) == 1, bit
-
-
-def _read_all(shard: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The entries of a shard that are sound."""
-    found = {}
-    try:
-        entries = read_entries(shard)
-    except (DamagedShard, DataError):
-        return {}
-    with shard.open("rb") as file:
-        for key, entry in entries.items():
-            with contextlib.suppress(DamagedShard):
-                found[key] = load_entry(file.fileno(), key, entry)
-    return found
-
-
-def test_a_cut_shard_is_found_and_what_is_left_of_it_is_kept(folder):
-    with TensorStore(folder) as store:
-        store.put_many(_entries(4))
-    (shard,) = _shards(folder)
-    os.truncate(shard, shard.stat().st_size - 30)
-    with TensorStore(folder) as store:
-        missing = store.missing(_entries(4))
-        assert 1 <= len(missing) < 4
-        assert store.verify() == missing
-        store.put_many({key: _entries(4)[key] for key in missing})
-        assert all(torch.equal(store.get(key)["std"], tensors["std"]) for key, tensors in _entries(4).items())
-
-
-def test_a_shard_cut_while_the_store_is_open_is_damage_and_no_crash(folder):
-    with TensorStore(folder) as store:
-        store.put_many(_entries(4))
-        store.get("key0")
-        os.truncate(_shards(folder)[0], 20)
-        with pytest.raises(DamagedEntry):
-            store.get("key1")
-        assert len(store.missing(_entries(4))) == 4
-
-
-@pytest.mark.parametrize("damage", ["missing", "garbage", "inside", "older", "lying"])
-def test_the_index_is_made_again_where_it_cannot_be_trusted(folder, damage):
-    with TensorStore(folder) as store:
-        store.put_many(_entries(50))
-    index = folder / INDEX_NAME
-    if damage == "missing":
-        index.unlink()
-    elif damage == "garbage":
-        index.write_bytes(b"not a database" * 1000)
-    elif damage == "inside":
-        data = bytearray(index.read_bytes())
-        data[4096:] = b"\xff" * (len(data) - 4096)
-        index.write_bytes(data)
-    elif damage == "older":
-        with sqlite3.connect(index) as database:
-            database.execute("PRAGMA user_version = 77")
-    else:
-        with sqlite3.connect(index) as database:
-            database.execute("UPDATE entries SET entry = (SELECT entry FROM entries WHERE key = 'key9')")
-    with TensorStore(folder) as store:
-        assert all(torch.equal(store.get(key)["mean"], each["mean"]) for key, each in _entries(50).items())
-        assert store.missing(_entries(51)) == ["key50"]
-    assert not (folder / QUARANTINE).exists()
-
-
 def test_a_second_start_reads_no_shard(folder, monkeypatch):
     with TensorStore(folder) as store:
-        store.put_many(_entries(3))
+        store.put_many(entries(3))
 
     def unexpected(path: Path) -> None:
         raise AssertionError(f"{path} was read")
 
     monkeypatch.setattr("simpletuner.cache.index.read_entries", unexpected)
     with TensorStore(folder) as store:
-        assert store.missing(_entries(3)) == []
-
-
-def test_a_pickle_and_other_files_in_the_folder_are_never_touched(folder, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "exploded",))
-
-    with TensorStore(folder) as store:
-        store.put_many(_entries(1))
-        (folder / "latents.pt").write_bytes(pickle.dumps(Bomb()))
-        (folder / "notes.safetensors").write_text("mine")
-        store.refresh()
-        store.verify()
-        store.prune([])
-        assert store.keys() == []
-    assert sorted(path.name for path in folder.iterdir()) == [INDEX_NAME, "latents.pt", "notes.safetensors"]
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("change", [{"shape": (7,)}, {"dtype": "F77"}, {"shape": (-1, -1)}], ids=str)
-def test_a_type_or_shape_that_cannot_be_is_damage_though_its_sha256_fits(tmp_path, monkeypatch, change):
-    TensorStore(tmp_path).put_many(_entries(1))
-    (shard,) = _shards(tmp_path)
-    entry = read_entries(shard)["key0"]
-    forged = replace(entry, tensors=tuple(replace(place, **change) for place in entry.tensors))
-    monkeypatch.setattr(shards, "_add_to_digest", lambda *arguments: None)
-    forged = replace(forged, digest=shards._start_digest("key0").hexdigest())
-    descriptor = os.open(shard, os.O_RDONLY)
-    with contextlib.closing(os.fdopen(descriptor)), pytest.raises(DamagedShard, match="impossible type or shape"):
-        load_entry(descriptor, "key0", forged)
-
-
-def test_a_shard_of_a_newer_version_is_reported_and_left_alone(folder):
-    folder.mkdir()
-    shard = folder / f"shard-{'0' * 32}.safetensors"
-    storage.save_tensors(
-        shard, {"k/a": torch.ones(1)}, {"format": "simpletuner-cache", "version": "2", "digests": "{}"}
-    )
-    with pytest.raises(DataError, match="cache format 2"):
-        TensorStore(folder)
-    assert shard.exists()
+        assert store.missing(entries(3)) == []
 
 
 def test_prune_keeps_what_it_is_asked_and_frees_the_rest(folder):
     with TensorStore(folder) as store:
-        store.put_many(_entries(4))
-        store.put_many(_entries(4, start=4))
-        before = sum(shard.stat().st_size for shard in _shards(folder))
+        store.put_many(entries(4))
+        store.put_many(entries(4, start=4))
+        before = sum(shard.stat().st_size for shard in shard_files(folder))
         freed = store.prune(["key1", "key2"])
-        assert freed == before - sum(shard.stat().st_size for shard in _shards(folder))
+        assert freed == before - sum(shard.stat().st_size for shard in shard_files(folder))
         assert freed > 0
         assert store.keys() == ["key1", "key2"]
-        assert torch.equal(store.get("key2")["std"], _entry(2)["std"])
+        assert torch.equal(store.get("key2")["std"], entry(2)["std"])
 
 
 def test_a_reader_survives_a_prune_by_somebody_else(folder):
     with TensorStore(folder) as reader, TensorStore(folder) as other:
-        other.put_many(_entries(4))
-        assert reader.missing(_entries(4)) == []
+        other.put_many(entries(4))
+        assert reader.missing(entries(4)) == []
         other.prune(["key1"])
-        assert torch.equal(reader.get("key1")["mean"], _entry(1)["mean"])
+        assert torch.equal(reader.get("key1")["mean"], entry(1)["mean"])
         with pytest.raises(KeyError):
             reader.get("key0")
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(folder, monkeypatch):
     with TensorStore(folder) as store:
-        store.put_many(_entries(3))
-    _flip_in_entry(_shards(folder)[0], "key1")
+        store.put_many(entries(3))
+    flip_in_entry(shard_files(folder)[0], "key1")
 
     def refuse(*args: object) -> sqlite3.Connection:
         raise sqlite3.OperationalError("attempt to write a readonly database")
@@ -377,19 +212,19 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(folder, monkeypatc
     monkeypatch.setattr(storage, "_step", read_only)
     files = sorted(path.name for path in folder.iterdir())
     with TensorStore(folder) as store:
-        assert torch.equal(store.get("key0")["mean"], _entry(0)["mean"])
+        assert torch.equal(store.get("key0")["mean"], entry(0)["mean"])
         with pytest.raises(DamagedEntry):
             store.get("key1")
-        assert store.missing(_entries(3)) == ["key1"]
-        assert torch.equal(store.get("key2")["mean"], _entry(2)["mean"])
+        assert store.missing(entries(3)) == ["key1"]
+        assert torch.equal(store.get("key2")["mean"], entry(2)["mean"])
         with pytest.raises(DataError, match="read-only"):
-            store.put_many(_entries(1, start=9))
+            store.put_many(entries(1, start=9))
     assert sorted(path.name for path in folder.iterdir()) == files
 
 
 def _fill(folder: Path, start: int, count: int) -> None:
     with TensorStore(folder) as store, StoreWriter(store, max_entries=7) as writer:
-        for key, tensors in _entries(count, start).items():
+        for key, tensors in entries(count, start).items():
             writer.put(key, tensors)
 
 
@@ -402,7 +237,7 @@ def test_two_processes_fill_one_store_at_once(folder):
     with TensorStore(folder) as reader:
         while any(writer.is_alive() for writer in writers):
             for key in reader.keys():  # noqa: SIM118
-                assert torch.equal(reader.get(key)["mean"], _entry(int(key[3:]))["mean"])
+                assert torch.equal(reader.get(key)["mean"], entry(int(key[3:]))["mean"])
         for writer in writers:
             writer.join()
             assert writer.exitcode == 0
@@ -424,33 +259,33 @@ assert store.get("key1")["mean"][0, 0] == 1
 sys.exit(status)
 """
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
+        store.put_many(entries(2))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_what_is_complete_is_so_until_a_shard_goes_or_changes(folder):
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
+        store.put_many(entries(2))
         assert store.complete("all") is None
         store.note_complete("all", 2)
-        store.put_many(_entries(1, start=2))
+        store.put_many(entries(1, start=2))
         assert store.complete("all") == 2
     with TensorStore(folder) as again:
         assert again.complete("all") == 2
-        again.prune(_entries(2))  # removes the shard of the third alone
+        again.prune(entries(2))  # removes the shard of the third alone
         assert again.complete("all") is None
         again.note_complete("all", 2)
-        [shard] = _shards(folder)
+        [shard] = shard_files(folder)
         other = folder / "other"
         with TensorStore(other) as elsewhere:
-            elsewhere.put_many(_entries(1))
-        _shards(other)[0].replace(shard)
+            elsewhere.put_many(entries(1))
+        shard_files(other)[0].replace(shard)
         assert again.complete("all") is None
 
 
 def test_a_folder_that_cannot_be_written_still_says_what_is_complete(folder, monkeypatch):
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
+        store.put_many(entries(2))
         store.note_complete("all", 2)
 
     def refuse(path):
@@ -462,72 +297,17 @@ def test_a_folder_that_cannot_be_written_still_says_what_is_complete(folder, mon
         assert reader.get("key1")["mean"][0, 0] == 1.0
 
 
-def test_an_index_without_room_is_an_error_that_says_so_and_loses_no_shard(folder):
-    with TensorStore(folder) as store:
-        store.put_many(_entries(1))
-        store._index._database.execute("PRAGMA max_page_count = 1")  # SQLite's own disk that is full
-        with pytest.raises(DataError, match="full"):
-            store.put_many(_entries(400, start=1))
-    with TensorStore(folder) as again:
-        assert again.stats().num_entries == 401
-
-
-def test_a_shard_that_lost_its_last_byte_has_lost_its_last_entry(folder):
-    with TensorStore(folder) as store:
-        store.put_many({"a": {"x": torch.zeros(2)}, "b": {"x": torch.ones(2)}})
-    [shard] = _shards(folder)
-    os.truncate(shard, shard.stat().st_size - 1)
-    with TensorStore(folder) as store:
-        assert store.missing(["a", "b"]) == ["b"]
-        assert [path.name for path in (folder / QUARANTINE).iterdir()] == [shard.name]
-
-
-def test_a_file_of_another_program_under_a_shard_s_name_is_moved_away_unread(folder):
-    folder.mkdir()
-    shard = folder / f"shard-{'a' * 32}.safetensors"
-    storage.save_tensors(shard, {"k/a": torch.ones(1)}, {"version": "1", "digests": '{"k": ""}'})
-    with TensorStore(folder) as store:
-        assert store.keys() == []
-    assert [path.name for path in (folder / QUARANTINE).iterdir()] == [shard.name]
-
-
-def test_what_another_process_removed_is_missing_and_what_vanishes_meanwhile_is_no_damage(folder):
-    with TensorStore(folder) as reader, TensorStore(folder) as other:
-        other.put_many(_entries(2))
-        other.put_many(_entries(1, start=2))
-        assert reader.missing(_entries(3)) == []
-        other.prune(["key2"])
-        assert reader.missing(_entries(3)) == ["key0", "key1"]
-        assert reader.stats().num_shards == 1
-        assert reader._index.add(f"shard-{'0' * 32}.safetensors")
-        _shards(folder)[0].unlink()  # by hand: nobody has told the index
-        assert reader.missing(_entries(3)) == ["key0", "key1", "key2"]
-
-
-def test_a_key_that_is_nowhere_makes_the_index_again_once(folder, monkeypatch):
-    with TensorStore(folder) as store:
-        store.put_many(_entries(2))
-        read = []
-        monkeypatch.setattr(
-            "simpletuner.cache.index.read_entries", lambda path: (read.append(path), read_entries(path))[1]
-        )
-        for key in ("x", "y", "z"):
-            with pytest.raises(KeyError):
-                store.get(key)
-    assert read == _shards(folder)
-
-
 def test_many_keys_are_looked_for_in_parts(folder, monkeypatch):
     monkeypatch.setattr("simpletuner.cache.index._KEYS_PER_QUERY", 2)
     with TensorStore(folder) as store:
-        store.put_many(_entries(5))
-        assert store.missing(_entries(6)) == ["key5"]
+        store.put_many(entries(5))
+        assert store.missing(entries(6)) == ["key5"]
 
 
 def test_an_entry_that_two_shards_hold_counts_once_and_their_bytes_twice(folder):
     with TensorStore(folder) as store:
-        store.put_many(_entries(2))
-        [shard] = _shards(folder)
+        store.put_many(entries(2))
+        [shard] = shard_files(folder)
         shard.with_name(f"shard-{'0' * 32}.safetensors").write_bytes(shard.read_bytes())
         stats = store.stats()
         assert (stats.num_entries, stats.num_shards) == (2, 2)
@@ -539,9 +319,9 @@ def test_a_full_shard_begins_the_next_one_empty(folder):
     """An entry has 48 bytes: shards of two of them, and the fifth waits."""
     with TensorStore(folder) as store:
         writer = StoreWriter(store, max_bytes=96)
-        for key, tensors in _entries(5).items():
+        for key, tensors in entries(5).items():
             writer.put(key, tensors)
-        assert [len(read_entries(shard)) for shard in _shards(folder)] == [2, 2]
+        assert [len(read_entries(shard)) for shard in shard_files(folder)] == [2, 2]
         assert writer.waiting("key4") is not None
 
 
@@ -553,7 +333,7 @@ def test_an_entry_waits_no_longer_than_it_may_counted_from_the_first_that_waits(
         counts = []
         for key, seconds in (("a", 100.0), ("b", 129.0), ("c", 130.0), ("d", 159.0), ("e", 188.0), ("f", 189.0)):
             clock.now = seconds
-            writer.put(key, _entry(0))
+            writer.put(key, entry(0))
             counts.append(store.stats().num_entries)
     assert counts == [0, 0, 3, 3, 3, 6]
 
@@ -563,7 +343,7 @@ def test_few_shards_are_open_at_once_those_that_were_used_last(folder, monkeypat
     opened = []
     with TensorStore(folder) as store:
         for number in range(3):
-            store.put_many(_entries(1, start=number))
+            store.put_many(entries(1, start=number))
         real = os.open
         monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(path), real(path, *args))[1])
         for number in (0, 1, 0, 2, 0, 1):
