@@ -139,7 +139,8 @@ def family_of_model(model: str, family_name: str | None, precision: str | None =
         ConfigError: the folder is incomplete, or its family is not known.
     """
     from simpletuner.config.options import TrainConfig
-    from simpletuner.models.components import ModelSource, check_local_model
+    from simpletuner.models.components import ModelSource
+    from simpletuner.models.local_check import check_local_model
 
     source = ModelSource(model)
     if not source.is_local and looks_like_path(model):

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from simpletuner.errors import DataError, MissingDependency, Problem
 from simpletuner.families.spec import Component, FamilySpec
 from simpletuner.importing import import_class
-from simpletuner.models.components import (
-    ModelSource,
-    component_folder,
-    lacks_package,
-    load_component,
-    missing_package,
-)
+from simpletuner.models.components import ModelSource, component_folder, load_component
 from simpletuner.models.hidden_states import hidden_states
 from simpletuner.models.layer_offload import offload_layers
+from simpletuner.models.local_check import lacks_package, missing_package
 from simpletuner.models.safe_loading import load_errors, load_tokenizer
 from simpletuner.precision.quantize import NumberFormats, quantize
 

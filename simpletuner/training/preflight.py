@@ -10,7 +10,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_spec
 from simpletuner.hub.access import check_access
 from simpletuner.models.build import model_source
-from simpletuner.models.components import check_local_model
+from simpletuner.models.local_check import check_local_model
 from simpletuner.reporting.trackers.readiness import check_trackers
 
 

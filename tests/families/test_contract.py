@@ -17,9 +17,10 @@ from simpletuner.adapters.lycoris import attach_lycoris
 from simpletuner.batch import Batch
 from simpletuner.diffusion.loss import sample_means
 from simpletuner.families.registry import family_names, get_family_class, get_spec
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource
 from simpletuner.models.family import LatentMoments, ModelFamily
 from simpletuner.models.krea2 import family as krea2
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.lumina2 import family as lumina2
 from simpletuner.models.omnigen2 import family as omnigen2
 from simpletuner.models.qwen_image import family as qwen_image

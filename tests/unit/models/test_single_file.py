@@ -18,8 +18,9 @@ from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.families.registry import get_family_class, get_spec
 from simpletuner.models import components
 from simpletuner.models.build import model_source
-from simpletuner.models.components import ModelSource, check_denoiser_file, check_local_model, save_model_folder
+from simpletuner.models.components import ModelSource, check_denoiser_file, save_model_folder
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.single_file import is_in_file
 from simpletuner.models.weight_files import weight_files
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run

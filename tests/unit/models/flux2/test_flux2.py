@@ -16,9 +16,10 @@ from simpletuner.batch import Batch, Conditioning, PromptEmbeds
 from simpletuner.cache.fingerprints import prompt_fingerprint
 from simpletuner.data.digests import DigestMemo
 from simpletuner.families.registry import get_spec
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.flux2.family import STATES
+from simpletuner.models.local_check import check_local_model
 from tests.golden_cases import GivenPrompts, assert_near, assert_trains_as, family_of
 from tests.tiny_flux2 import GOLDEN, tiny_flux2_folder
 

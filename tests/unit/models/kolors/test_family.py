@@ -17,8 +17,9 @@ from torch import Tensor
 from simpletuner.batch import Batch, Conditioning, Crop, Sample
 from simpletuner.errors import MissingDependency
 from simpletuner.families.registry import get_spec
-from simpletuner.models.components import ModelSource, check_local_model, save_model_folder
+from simpletuner.models.components import ModelSource, save_model_folder
 from simpletuner.models.kolors.family import Kolors
+from simpletuner.models.local_check import check_local_model
 from tests.tiny import GOLDEN
 
 FOLDER = GOLDEN / "kolors"

@@ -11,8 +11,9 @@ import torch
 
 from simpletuner.batch import Batch
 from simpletuner.families.registry import get_family_class, get_spec
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.omnigen2.family import chat_text
 from tests.tiny_omnigen2 import tiny_omnigen2_folder
 

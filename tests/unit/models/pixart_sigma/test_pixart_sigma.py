@@ -16,8 +16,9 @@ from torch import Tensor
 
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.families.registry import get_spec
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.pixart_sigma.family import PixArtSigma
 from tests.golden_cases import assert_near, family_of
 from tests.tiny_pixart_sigma import tiny_pixart_sigma_folder, tiny_pixart_transformer

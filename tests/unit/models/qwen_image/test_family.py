@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from simpletuner.batch import Batch, PromptEmbeds
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_family_class, get_spec
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource
 from simpletuner.models.family import ModelFamily
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.patches import pack, unpack
 from simpletuner.models.qwen_image.family import TEMPLATE, TEMPLATE_TOKENS
 from tests.golden_qwen_image import FOLDER, assert_near, golden_case, golden_family, golden_folder

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simpletuner.families.registry import get_spec
-from simpletuner.models.components import ModelSource, check_local_model
+from simpletuner.models.components import ModelSource
 from simpletuner.models.family import LatentMoments, ModelFamily
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.sana.family import Sana
 from tests.golden_cases import assert_near, family_of
 from tests.tiny_sana import tiny_sana_folder, tiny_sana_transformer
