@@ -33,7 +33,7 @@ FORGOTTEN = (ROOT, ROOT / "scripts")
 TEST_SECONDS = 120
 # A fault may make processes wait for each other forever: its tests get what they take without it, so many times over.
 SLOWER, AT_LEAST_SECONDS = 5, 20
-# Of other tests those marked slow are left out.
+# Of other tests those marked slow run last, and only with a fault that the others did not see.
 WHOLE_RUNS = ("tests/end_to_end", "tests/families")
 
 
@@ -92,14 +92,15 @@ class Planter:
         mutants: of functions.
         results: a line of JSON for each; the first is that without a fault.
         deadline: after it no further one begins.
+        slow_ones_last: whether slow tests only run with what the others did not see.
     """
 
     scratch: Scratch
     mutants: Sequence[Mutant]
     results: Path
     deadline: float
+    slow_ones_last: bool
     failed: str = ""
-    limit: float = TEST_SECONDS
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.failed = self.failed or (report.nodeid if report.failed else "")
@@ -107,34 +108,48 @@ class Planter:
     def pytest_runtestloop(self, session: Any) -> bool:
         if session.testsfailed:
             return True  # the tests cannot be collected: pytest's exit code says so
-        for mutant in (None, *self.mutants):
+        slow = [item for item in session.items if self.slow_ones_last and item.get_closest_marker("slow")]
+        fast = [item for item in session.items if item not in slow]
+        sound = self.outcome_of(fast, None, TEST_SECONDS)
+        write_result(self.results, None, sound)
+        limit = min(TEST_SECONDS, AT_LEAST_SECONDS + SLOWER * sound["seconds"])
+        sound_slow: dict[str, Any] | None = None
+        for mutant in self.mutants:
             if time.monotonic() > self.deadline:
                 break
-            if mutant is not None:
-                self.scratch.plant(mutant)
-            started, (reading, writing) = time.monotonic(), os.pipe()
-            child = os.fork()
-            if child == 0:
-                self._run(session, mutant, writing)
-            os.close(writing)
-            code = _wait(child, self.limit)
-            seconds = time.monotonic() - started
-            with os.fdopen(reading) as pipe:
-                by = pipe.read() if code is not None else f"no end after {seconds:.0f} s"
-            self.scratch.revert()
-            write_result(self.results, mutant, outcome(code, by, seconds))
-            if mutant is None:
-                self.limit = min(self.limit, AT_LEAST_SECONDS + SLOWER * seconds)
+            result = self.outcome_of(fast, mutant, limit)
+            if result["result"] == "survived" and slow:
+                result = self.outcome_of(slow, mutant, TEST_SECONDS)
+                if result["result"] == "caught":
+                    sound_slow = sound_slow or self.outcome_of(slow, None, TEST_SECONDS)
+                    result = result if sound_slow["result"] == "survived" else sound_slow | {"result": "broken"}
+            write_result(self.results, mutant, result)
         return True
 
-    def _run(self, session: Any, mutant: Mutant | None, writing: int) -> None:
+    def outcome_of(self, items: Sequence[Any], mutant: Mutant | None, limit: float) -> dict[str, Any]:
+        """Run tests in a fork, with a fault or without."""
+        if mutant is not None:
+            self.scratch.plant(mutant)
+        started, (reading, writing) = time.monotonic(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            self._run(items, mutant, writing)
+        os.close(writing)
+        code = _wait(child, limit)
+        seconds = time.monotonic() - started
+        with os.fdopen(reading) as pipe:
+            by = pipe.read() if code is not None else f"no end after {seconds:.0f} s"
+        self.scratch.revert()
+        return outcome(code, by, seconds)
+
+    def _run(self, items: Sequence[Any], mutant: Mutant | None, writing: int) -> None:
         """In the fork: never returns."""
         code = 99
         try:
             os.setsid()
             if mutant is not None:
                 put_in(mutant, (self.scratch.folder / "simpletuner" / mutant.file).read_text(encoding="utf-8"))
-            for item, after in zip(session.items, [*session.items[1:], None], strict=True):
+            for item, after in zip(items, [*items[1:], None], strict=True):
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
                 if self.failed:
                     os.write(writing, self.failed.encode())
@@ -280,10 +295,8 @@ def run_group(scratch: Scratch, tests: tuple[str, ...], mutants: Sequence[Mutant
         import pytest
 
         options = ["-q", "--tb=line", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-s"]
-        if not any(test.startswith(WHOLE_RUNS) for test in tests):
-            options += ["-m", "not slow"]
         basetemp = f"--basetemp={log.with_suffix('.tmp')}"
-        planter = Planter(scratch, inside, results, deadline)
+        planter = Planter(scratch, inside, results, deadline, not any(test.startswith(WHOLE_RUNS) for test in tests))
         code = int(pytest.main([*options, basetemp, *tests], plugins=[planter]))
         if not results.exists():
             write_result(results, None, outcome(code or 99, log.read_text(errors="replace"), 0.0))
