@@ -2,8 +2,10 @@
 
 Round 0 kills at each operation. In each of the rounds 1 to 8 every operation meets one of the eight refusals, in the
 order of its own, so each round covers all operations and all refusals, and the eight together are everything. Words:
-`rounds=0-2` takes these rounds, `every=n` each n-th operation, `jobs=n` tries n at once, and the name of a fault
-(`kill`, `EIO`, `EIO-on`) takes that one only.
+`sites` takes one operation of each call site and kind of file, another one in each round (another step, another image;
+the eight rounds show each site all eight refusals in less than half of the time), `rounds=0-2` takes these rounds,
+`every=n` each n-th operation, `jobs=n` tries n at once, and the name of a fault (`kill`, `EIO`, `EIO-on`) takes that
+one only.
 
 One line for everything that is wrong, one for each round and each kind of fault; the exit code is 1 where something is.
 """
@@ -34,17 +36,26 @@ REFUSALS = {
 FAULTS = {KILL: (0, False)} | REFUSALS
 
 
-def faults_of(round_number: int, operations: Sequence[Operation]) -> list[tuple[Operation, str]]:
-    """What each operation meets in a round."""
-    if round_number == 0:
-        return [(operation, KILL) for operation in operations]
-    order = [random.Random(operation.number).sample(list(REFUSALS), len(REFUSALS)) for operation in operations]
-    return [(operation, names[round_number - 1]) for operation, names in zip(operations, order, strict=True)]
+def faults_of(round_number: int, operations: Sequence[Operation], by_site: bool) -> list[tuple[Operation, str]]:
+    """What meets which fault in a round.
+
+    Args:
+        by_site: one operation stands for all of its site.
+    """
+    chosen: dict[object, list[Operation]] = {}
+    for operation in operations:
+        chosen.setdefault(operation.site if by_site else operation.number, []).append(operation)
+    trials = []
+    for key, alike in chosen.items():
+        order = [KILL, *random.Random(str(key)).sample(list(REFUSALS), len(REFUSALS))]
+        trials.append((random.Random(f"{round_number} {key}").choice(alike), order[round_number]))
+    return trials
 
 
 def main() -> None:
     settings = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
-    names = [word for word in sys.argv[1:] if "=" not in word] or list(FAULTS)
+    by_site = "sites" in sys.argv[1:]
+    names = [word for word in sys.argv[1:] if word in FAULTS] or list(FAULTS)
     first, _, last = settings.get("rounds", f"0-{len(REFUSALS)}").partition("-")
     tried, wrong = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(dir=memory_folder()) as name:
@@ -67,7 +78,7 @@ def main() -> None:
         with ThreadPoolExecutor(int(settings.get("jobs", 1))) as threads:
             for number in range(int(first), int(last or first) + 1):
                 started = time.monotonic()
-                trials = [trial for trial in faults_of(number, operations) if trial[1] in names]
+                trials = [trial for trial in faults_of(number, operations, by_site) if trial[1] in names]
                 list(threads.map(try_one, trials))
                 seconds = time.monotonic() - started
                 print(
