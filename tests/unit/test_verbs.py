@@ -77,6 +77,23 @@ def test_verbs_of_the_cache(run: Run, noted: Any) -> None:
         assert verify == [("run", say)]
 
 
+def test_verbs_that_look_before_a_run(run: Run, noted: Any) -> None:
+    noted("simpletuner.launch.load_arguments", "run")
+    noted("simpletuner.training.preflight.check_model_folder")
+    check, plan = noted("simpletuner.commands.check.check"), noted("simpletuner.commands.plan.plan")
+    assert run("check", "--images", "3")[0] == run("check", "--output", "sheets")[0] == 0
+    assert check == [("run", say, None, 3), ("run", say, Path("sheets"), 21)]
+    assert run("plan", "--device-memory", "24", "--no-probe")[0] == run("plan")[0] == 0
+    assert plan == [("run", say, False, 24 << 30), ("run", say, None, None)]
+    for code in (0, 2):
+        noted("simpletuner.commands.doctor.doctor", code)
+        assert run("doctor")[0] == code
+    for is_equal, code in ((True, 0), (False, 1)):
+        proof = noted("simpletuner.commands.verify_resume.verify_resume", is_equal)
+        assert run("verify-resume", "env=a", "--steps", "8")[0] == code
+        assert proof == [("run", ["env=a"], 8, say)]
+
+
 def test_verbs_that_show(run: Run, noted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIMPLETUNER_MONITOR_TOKEN", raising=False)
     report = noted("simpletuner.reporting.report.write_report", Path("page.html"))

@@ -473,6 +473,10 @@ def test_a_latent_that_is_missing_from_a_complete_cache_makes_the_next_start_loo
     with pytest.raises(DataError, match="start again"):
         cache.get(images.samples[0])
     assert cache.store.complete("all") is None
+    cache.store.note_complete("all", 2)  # of an index that was made again before, and is believed from then on
+    with pytest.raises(DataError, match="start again"):
+        cache.get(images.samples[0])
+    assert cache.store.complete("all") is None
 
 
 def test_two_crops_of_an_image_and_its_mirror_have_latents_of_their_own(cache):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +13,12 @@ from simpletuner.commands.doctor import (
     doctor,
     findings,
     look_at_caches,
+    look_at_compiler,
     look_at_device,
     look_at_disk,
     look_at_extras,
     look_at_logins,
+    look_at_memory,
     look_at_python,
     look_at_versions,
 )
@@ -60,11 +63,16 @@ def test_extras_are_distinguished_from_what_developers_need():
     assert "'.[cuda]'" in line
     [line] = [finding.line() for finding in look_at_extras(REQUIREMENTS, {"bitsandbytes": "0.49.2"}.get)]
     assert line.endswith("complete: cuda")
+    asked = [*REQUIREMENTS, "everywhere>=1; python_version >= '3'"]  # of the base, whose lack is told there
+    [line] = [finding.line() for finding in look_at_extras(asked, {"bitsandbytes": "0.49.2"}.get)]
+    assert line.endswith("complete: cuda")
+    assert "everywhere is missing" in look_at_versions(asked, {"torch": "2.13.0", "rich": "15"}.get).text
 
 
 @pytest.mark.parametrize(("version", "state"), [((3, 10, 9), "fault"), ((3, 11, 0), "ok"), ((3, 14, 0), "ok")])
 def test_python_must_be_new_enough(version: tuple[int, ...], state: str):
     assert look_at_python(version, is_virtual=True).state == state
+    assert look_at_python(version, is_virtual=False).state == {"fault": "fault", "ok": "note"}[state]
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -78,6 +86,29 @@ def test_models_of_the_hub_are_counted_where_hf_home_says(tmp_path: Path):
     (tmp_path / "hub" / "models--a--b").mkdir(parents=True)
     assert f"1 models in {tmp_path / 'hub'}" in look_at_caches({"HF_HOME": str(tmp_path)}).text
     assert look_at_caches({"HF_HOME": str(tmp_path / "not" / "yet")}).state == "ok"
+    (tmp_path / "own" / "models--c--d").mkdir(parents=True)
+    own = {"HF_HOME": str(tmp_path / "elsewhere"), "HF_HUB_CACHE": str(tmp_path / "own")}
+    assert f"1 models in {tmp_path / 'own'}" in look_at_caches(own).text
+
+
+@pytest.mark.parametrize(("gib", "state"), [(11, "note"), (13, "ok")])
+def test_memory_that_others_hold_is_missing(gib: int, state: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=gib * GIB))
+    finding = look_at_memory(GPU)
+    assert finding.state == state
+    assert f"{gib}.0 GiB of 128.0 GiB free, 16 cores" in finding.text
+
+
+@pytest.mark.parametrize(("gib", "state"), [(19, "note"), (21, "ok")])
+def test_a_disk_with_little_room_is_noted(gib: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=gib * GIB))
+    assert look_at_disk(tmp_path).state == state
+
+
+def test_what_keeps_kernels_from_being_compiled_is_named():
+    assert look_at_compiler(None).state == "ok"
+    finding = look_at_compiler("triton")
+    assert (finding.state, finding.text.endswith("triton is missing")) == ("note", True)
 
 
 def test_each_thing_is_one_line_and_the_exit_code_follows_the_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
