@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from simpletuner.cli.shared import PASS_ON, app, load, say
+from simpletuner.cli.loading import load
+from simpletuner.cli.shared import PASS_ON, app, say
 from simpletuner.errors import EXIT_DATA
 
 cache_app = typer.Typer(

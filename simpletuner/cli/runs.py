@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
+from simpletuner.cli.loading import load, load_words
 from simpletuner.cli.shared import (
     PASS_ON,
     app,
-    load,
     monitored,
     print_to_stderr,
     run_in_processes,
@@ -39,11 +39,7 @@ def train(
     configuration can be given here as --key=value; `simpletuner options` lists them. --config takes a config.json, or
     the options file (.yml) of OmniGen2's own program.
     """
-    from simpletuner.cli.imports import run_of_options
-    from simpletuner.launch import load_arguments
-
-    arguments, config_file = run_of_options(context.args, os.environ, Path.cwd(), say_for_all)
-    loaded = load_arguments(arguments, os.environ, Path.cwd(), say_for_all, config_file)
+    loaded = load_words(context.args, say_for_all)
     words = [word for word in sys.argv[1:] if word != "--monitor"]
     with monitored(loaded) if monitor else nullcontext():
         run_in_processes(loaded, words)
@@ -97,7 +93,7 @@ def check(
         int, typer.Option("--images", "--pictures", help="Of each dataset on the contact sheet.", min=1, max=500)
     ] = 21,
 ) -> None:
-    """Show what a run would see of its data: simpletuner check [example=NAME] [env=NAME] [--key=value ...]
+    """Show what a run would see of its data: simpletuner check [as for train]
 
     Prints what becomes of the files, sizes, steps, captions and caches, and shows the real crops with their captions
     as contact_sheet.png and check.html.
@@ -119,7 +115,7 @@ def plan(
     ] = None,
     device_memory: Annotated[float | None, typer.Option(help=DEVICE_MEMORY_HELP, min=1, show_default=False)] = None,
 ) -> None:
-    """Say what a run needs: simpletuner plan [example=NAME] [env=NAME] [--key=value ...]
+    """Say what a run needs: simpletuner plan [as for train]
 
     Memory comes from the shapes of the model, which needs no accelerator; time from a few real steps.
     """
@@ -174,9 +170,8 @@ def verify_resume(
     """
     if run is not None:  # a process of the proof
         from simpletuner.commands.verify_resume import prepared_run
-        from simpletuner.launch import load_arguments
 
-        short = prepared_run(run, lambda words: load_arguments(words, os.environ, Path.cwd(), say_for_all))
+        short = prepared_run(run, lambda words: load_words(words, say_for_all))
         run_in_processes(short, sys.argv[1:])
         return
     loaded = load(context)

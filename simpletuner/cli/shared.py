@@ -1,4 +1,4 @@
-"""What the verbs share: the program, how a verb finds its run, where it speaks."""
+"""What the verbs share: the program, the processes of a run, where a verb speaks."""
 
 from __future__ import annotations
 
@@ -120,13 +120,6 @@ def check_surroundings(loaded: LoadedRun) -> None:
     from simpletuner.training.disk_space import check_disk_space
 
     check_disk_space(loaded, os.environ)
-
-
-def load(context: typer.Context) -> LoadedRun:
-    """The run that example=NAME, env=NAME and --key=value mean."""
-    from simpletuner.launch import load_arguments
-
-    return load_arguments(context.args, os.environ, Path.cwd(), print_to_stderr)
 
 
 def say(line: str) -> None:

@@ -63,8 +63,8 @@ def step_line(event: StepDone, pace: Pace) -> str:
 
 def duration_text(seconds: float) -> str:
     """`0.4 s`, `42 s`, `3 min 12 s`, `2 h 05 min`, `2 d 4 h`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if round(seconds, 1) < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -78,7 +78,7 @@ def test_verbs_of_the_cache(run: Run, noted: Any) -> None:
 
 
 def test_verbs_that_look_before_a_run(run: Run, noted: Any) -> None:
-    noted("simpletuner.launch.load_arguments", "run")
+    loaded = noted("simpletuner.launch.load_arguments", "run")
     noted("simpletuner.training.preflight.check_model_folder")
     check, plan = noted("simpletuner.commands.check.check"), noted("simpletuner.commands.plan.plan")
     assert run("check", "--images", "3")[0] == run("check", "--output", "sheets")[0] == 0
@@ -88,10 +88,19 @@ def test_verbs_that_look_before_a_run(run: Run, noted: Any) -> None:
     for code in (0, 2):
         noted("simpletuner.commands.doctor.doctor", code)
         assert run("doctor")[0] == code
-    for is_equal, code in ((True, 0), (False, 1)):
+    for is_equal, code in ((False, 1), (True, 0)):
         proof = noted("simpletuner.commands.verify_resume.verify_resume", is_equal)
         assert run("verify-resume", "env=a", "--steps", "8")[0] == code
         assert proof == [("run", ["env=a"], 8, say)]
+    loaded.clear()
+    job = noted("simpletuner.commands.verify_resume.prepared_run")
+    noted("simpletuner.cli.runs.run_in_processes")
+    words = ("--config", "mine.json", "--seed=1")
+    for verb in ("check", "plan", "verify-resume"):
+        assert run(verb, *words)[0] == 0
+    assert run("verify-resume", "--run", "job.json")[0] == 0
+    assert job[0][1](words) == "run"
+    assert [(arguments, file) for arguments, _, _, _, file in loaded] == [(["--seed=1"], Path("mine.json"))] * 4
 
 
 def test_verbs_that_show(run: Run, noted: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,9 +189,11 @@ def test_a_wide_bar_shows_that_time(monkeypatch):
 
 
 def test_durations_read_as_people_say_them():
-    assert [duration_text(s) for s in (0.42, 42.4, 192, 3599.6, 7500, 187200)] == [
+    assert [duration_text(s) for s in (0.42, 9.96, 42.4, 59.7, 192, 3599.6, 7500, 187200)] == [
         "0.4 s",
+        "10 s",
         "42 s",
+        "1 min 00 s",
         "3 min 12 s",
         "1 h 00 min",
         "2 h 05 min",
