@@ -73,11 +73,12 @@ def remedies(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "gradient_checkpointing_interval", "remove gradient_checkpointing_interval"
     if is_adapter and config.precision.base_model_precision == "no_change":
         yield "base_model_precision", "set base_model_precision to int8-quanto"
-    if config.training.train_batch_size > 1:
+    if (size := config.training.train_batch_size) > 1:
+        parts = next(count for count in range(2, size + 1) if size % count == 0)  # halves where it is even
         yield (
             "train_batch_size",
-            f"set train_batch_size to {config.training.train_batch_size // 2} and gradient_accumulation_steps to "
-            f"{2 * config.training.gradient_accumulation_steps}, which trains the same",
+            f"set train_batch_size to {size // parts} and gradient_accumulation_steps to "
+            f"{parts * config.training.gradient_accumulation_steps}, which trains the same",
         )
     if config.model.gradient_checkpointing_backend == "torch":
         yield "gradient_checkpointing_backend", "set gradient_checkpointing_backend to unsloth"

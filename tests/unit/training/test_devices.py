@@ -99,7 +99,8 @@ def test_a_shortage_of_memory_is_recognized(error: BaseException) -> None:
 
 
 def test_remedies_begin_with_what_costs_least(tmp_path: Path, omnigen_folder: Path) -> None:
-    config = load_here(write_run(tmp_path / "a", omnigen_folder, train_batch_size=4)).config
+    sizes = {"train_batch_size": 4, "gradient_accumulation_steps": 3}
+    config = load_here(write_run(tmp_path / "a", omnigen_folder, **sizes)).config
     keys = [key for key, _ in remedies(config)]
     assert keys[:3] == ["gradient_checkpointing", "base_model_precision", "train_batch_size"]
     saving = {"gradient_checkpointing": True, "base_model_precision": "int8-quanto", "train_batch_size": 1}
@@ -111,12 +112,15 @@ def test_remedies_begin_with_what_costs_least(tmp_path: Path, omnigen_folder: Pa
         ("base_model_precision", "set base_model_precision to int8-quanto"),
         (
             "train_batch_size",
-            "set train_batch_size to 2 and gradient_accumulation_steps to 2, which trains the same",
+            "set train_batch_size to 2 and gradient_accumulation_steps to 6, which trains the same",
         ),
         ("gradient_checkpointing_backend", "set gradient_checkpointing_backend to unsloth"),
         ("enable_group_offload", "set enable_group_offload to true"),
         ("resolution", "lower resolution"),
     ]
+    odd = config.with_values({"train_batch_size": 3, "gradient_accumulation_steps": 2})
+    same = "set train_batch_size to 1 and gradient_accumulation_steps to 6, which trains the same"
+    assert dict(remedies(odd))["train_batch_size"] == same
     spread = saving | {"gradient_checkpointing_interval": "2", "enable_group_offload": False, "fsdp_enable": True}
     spread["base_model_precision"] = "no_change"
     config = load_here(write_run(tmp_path / "c", omnigen_folder, **spread, num_processes=2)).config
@@ -218,13 +222,18 @@ def test_a_kernel_that_is_not_deterministic_is_named(tmp_path: Path, omnigen_fol
 
 def test_an_optimizer_is_tried_by_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As fp8 state fails on cards before compute capability 8.9: in the first step, not when it is made."""
+    dtypes = []
 
     def step(self, closure=None):
+        dtypes.append(self.param_groups[0]["params"][0].dtype)
         raise ValueError("type fp8e4nv not supported in this architecture\nsm_80")
 
     monkeypatch.setattr(torch.optim.RMSprop, "step", step)
-    with pytest.raises(ConfigError, match="torch-rmsprop cannot take a step on cpu: type fp8e4nv not supported"):
-        require_optimizer(OptimizerOptions(optimizer="torch-rmsprop", learning_rate=1e-3), torch.device("cpu"))
+    options = OptimizerOptions(optimizer="torch-rmsprop", learning_rate=1e-3)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ConfigError, match="torch-rmsprop cannot take a step on cpu: type fp8e4nv not supported"):
+            require_optimizer(options, torch.device("cpu"), dtype)
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_the_loss_by_noise_level_needs_no_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
