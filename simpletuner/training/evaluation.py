@@ -88,7 +88,8 @@ class Evaluator:
     def identity(self) -> dict[str, Any]:
         """JSON-able: what decides a loss beside the weights. Losses of another one are not comparable."""
         fingerprints = sorted(dataset.fingerprint for dataset in self.datasets)
-        return {"datasets": fingerprints, "images": self.num_images, "timesteps": len(self.quantiles)}
+        facts = {"datasets": fingerprints, "images": self.num_images, "timesteps": len(self.quantiles)}
+        return {**facts, "references": "first"} if self.one_reference else facts
 
     def run(self, denoiser: nn.Module) -> EvalResult | None:
         """Evaluate; None where the run was asked to stop meanwhile, since half of a loss is none.

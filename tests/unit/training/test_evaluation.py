@@ -180,6 +180,20 @@ def test_masks_count_always():
     assert result.pooled == pytest.approx(sum(rows) / 6, rel=1e-5)
 
 
+def test_an_evaluation_of_other_images_levels_or_references_is_another_one():
+    kinds = [
+        *({"num_eval_images": 3}, {"eval_timesteps": 5}, {"conditioning_multidataset_sampling": "random"}, {}),
+        {"train_batch_size": 1},
+    ]
+    data = [ToyDataset(THREE)]
+    data[0].fingerprint = "toys"
+    identities = [json.dumps(evaluator_of(data, **kind).identity) for kind in kinds]
+    assert len(set(identities)) == 4
+    assert identities[-1] == identities[-2]
+    data[0].fingerprint = "others"
+    assert json.dumps(evaluator_of(data).identity) not in identities
+
+
 def test_the_caption_is_the_first_and_one_reference_is_the_first_too():
     data = ToyDataset(THREE, captions=["one", "three"])
     evaluator = evaluator_of([data], conditioning_multidataset_sampling="random")
