@@ -257,6 +257,30 @@ def test_same_tensors_and_metadata_give_the_same_bytes_with_the_mode_of_the_umas
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_file_is_readable_as_the_umask_says_and_a_transposed_tensor_is_written_in_rows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        storage.write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+    matrix = torch.arange(6.0).view(2, 3)
+    storage.save_tensors(tmp_path / "a.safetensors", {"weight": matrix.T})
+    assert load_file(tmp_path / "a.safetensors")["weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_of_a_link_to_a_folder_the_link_alone_is_removed(tmp_path):
+    _commit(tmp_path / "disk" / "not there" / "checkpoint")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "not there" / "checkpoint")
+    storage.remove_dir(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    assert storage.verify_dir(tmp_path / "disk" / "not there" / "checkpoint") == []
+    left = tmp_path / _dead_name("trash")
+    left.symlink_to(tmp_path / "disk")
+    assert tempnames.clean_stale(tmp_path) == [left]
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
 def test_json_without_a_value_for_nan_is_refused(tmp_path):
     with pytest.raises(ValueError):
         storage.write_json(tmp_path / "a.json", {"loss": float("nan")})

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.activation_memory import recompute
@@ -358,6 +359,28 @@ def test_the_backward_pass_may_run_twice() -> None:
     output = block(*inputs).square().sum()
     first, second = (torch.autograd.grad(output, inputs[0], retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_what_is_made_again_is_made_once_for_all_its_places_and_freed_when_the_last_has_asked() -> None:
+    made: list[StorageWeakRef] = []
+
+    class SiluOutputs(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.silu.default:
+                made.append(StorageWeakRef(output.untyped_storage()))
+            return output
+
+    def used_twice(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        hidden = F.silu(x)
+        return (hidden * a + hidden * b + x * c).sum()
+
+    x, *weights = (torch.randn(4, 4, requires_grad=index > 0) for index in range(4))
+    output = traced(used_twice, x, *weights)
+    with SiluOutputs():
+        torch.autograd.grad(output, weights, retain_graph=True)
+    assert len(made) == 1
+    assert made[0].expired()
 
 
 def test_a_compiler_gets_the_plain_block() -> None:

@@ -41,13 +41,13 @@ def exact(start: float = 0.9, end: float = 0.2) -> float:
 @pytest.mark.parametrize("name", ["euler", "dpm", "unipc"])
 def test_a_model_that_knows_the_answer_is_led_there_in_any_number_of_steps(name) -> None:
     data, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
-    for steps in (1, 2, 5):
-        sigmas = torch.linspace(1, 0.1, steps + 1)
+    for steps, end in itertools.product((1, 2, 5), (0.1, 0.0)):  # 0: the data itself, where lambda is infinite
+        sigmas = torch.linspace(1, end, steps + 1)
         noisy, solver = noise, Solver(name)
         for here, there in itertools.pairwise(sigmas):
             levels = [Level((1 - s).expand(2), s.expand(2)) for s in (here, there)]
             noisy = solver.step(noisy, data, *levels)
-        torch.testing.assert_close(noisy, 0.9 * data + 0.1 * noise, rtol=0, atol=1e-5)
+        torch.testing.assert_close(noisy, (1 - end) * data + end * noise, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "order", "rate"), [("euler", 2, 2), ("dpm", 1, 2), ("dpm", 2, 4), ("unipc", 2, 4)])
@@ -109,3 +109,14 @@ def test_levels_that_coincide_are_passed_over(name) -> None:
         for here, there in itertools.pairwise(path):
             noisy = solver.step(noisy, exact_data(noisy, level(here)), level(here), level(there))
         assert noisy.item() == pytest.approx(wanted, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["dpm", "unipc"])
+def test_a_first_level_that_comes_twice_changes_no_step(name) -> None:
+    ends = []
+    for path in ([0.9, 0.7, 0.4, 0.2], [0.9, 0.9, 0.7, 0.4, 0.2]):
+        noisy, solver = torch.ones(1, dtype=torch.float64), Solver(name)
+        for here, there in itertools.pairwise(path):
+            noisy = solver.step(noisy, exact_data(noisy, level(here)), level(here), level(there))
+        ends.append(noisy.item())
+    assert ends[1] == pytest.approx(ends[0], rel=1e-12)

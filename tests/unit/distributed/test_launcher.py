@@ -203,6 +203,9 @@ def test_each_process_is_reported_who_it_is(monkeypatch, tmp_path):
     assert seen["start_new_session"]
     assert seen["pass_fds"] == (7,)
     assert LISTENER not in seen["env"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    launcher._start(["train"], layout, 1, 29500, tmp_path, 7)
+    assert seen["env"]["OMP_NUM_THREADS"] == "3"
 
 
 def test_the_main_process_of_a_machine_gets_the_socket_that_the_others_find_it_at(monkeypatch, tmp_path):
@@ -291,3 +294,25 @@ def test_the_process_that_failed_first_speaks_for_the_run(monkeypatch, codes, sp
     assert launcher.launch(["train"], layout, heard.append) == code
     assert len(heard) == len(said)
     assert all(line.startswith(words) for line, words in zip(heard, said, strict=True))
+
+
+def test_a_process_that_leaves_without_a_word_is_reported_unless_a_signal_came(monkeypatch):
+    monkeypatch.setattr(launcher, "_start", lambda *_: ended(143)[0])
+    for asked, count in (([], 1), ([signal.SIGTERM], 0)):
+        monkeypatch.setattr(
+            launcher, "_wait", lambda processes, received, say, asked=asked: received.extend(asked) or 0
+        )
+        heard = []
+        assert launcher.launch(["train"], launcher.Layout(1, port=7), heard.append) == 143
+        assert len(heard) == count
+
+
+def test_who_asks_where_a_run_is_does_not_ask_it_to_stop():
+    told, before = [], signal.getsignal(signal.SIGUSR1)
+    process = SimpleNamespace(poll=lambda: None, send_signal=told.append)
+    with launcher._forwarded_signals([process]) as received:
+        signal.raise_signal(signal.SIGUSR1)
+        assert (told, received) == ([signal.SIGUSR1], [])
+        signal.raise_signal(signal.SIGTERM)
+        assert (told, received) == ([signal.SIGUSR1, signal.SIGTERM], [signal.SIGTERM])
+    assert signal.getsignal(signal.SIGUSR1) == before

@@ -178,7 +178,8 @@ def test_gradients_are_summed_in_float32_and_a_missing_one_counts_as_zeros(monke
 
 def test_processes_that_hold_different_weights_are_stopped():
     def work(process_group):
-        same = {"a": torch.ones(2), "b": torch.tensor([1.0, float(process_group.rank)])}
+        # In float32 the sums would be equal: 2**24 + 1 is 2**24 there.
+        same = {"a": torch.ones(2), "b": torch.tensor([2.0**24, float(process_group.rank)])}
         require_equal(process_group, {"a": torch.ones(2)}, "start")
         with pytest.raises(
             RuntimeError, match=f"after step 3: process {1 - process_group.rank} holds another b than process"

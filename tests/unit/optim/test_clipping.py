@@ -32,6 +32,12 @@ def test_by_norm_scales_all_together_and_returns_the_norm() -> None:
     assert [value for grad in grads_of(parameters) for value in grad] == pytest.approx([0.6, 0, 0, 0.8], abs=1e-5)
 
 
+def test_a_part_is_scaled_by_the_norm_of_all_parts() -> None:
+    parameters = with_grads([3.0, 0.0])
+    assert clip_by_norm(parameters, 1.0, torch.tensor(5.0)).item() == 5.0
+    assert grads_of(parameters)[0] == pytest.approx([0.6, 0.0], abs=1e-5)
+
+
 def test_small_gradients_stay_as_they_are() -> None:
     parameters = with_grads([0.3, 0.4])
     expected = grads_of(parameters)

@@ -108,3 +108,18 @@ def test_averages_of_another_shape_are_refused_with_their_number_and_names() -> 
         ema.load_state_dict({"a": torch.zeros(2), "b": torch.zeros(4)})
     assert caught.value.problems[0].key == "use_ema"
     assert ema.state_dict()["a"].tolist() == [1, 1]  # nothing of it is taken
+
+
+def test_inside_of_autocast_products_are_of_the_average_and_then_of_the_weights_again() -> None:
+    """Autocast keeps 16-bit copies of weights until its context ends."""
+    layer = nn.Linear(2, 1, bias=False)
+    parameters = {"weight": layer.weight}
+    set_to(parameters, 1.0)
+    ema = EMA(parameters, decay=0.5)
+    set_to(parameters, 3.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        products = [layer(torch.ones(2)).item()]
+        with ema.swapped_in(parameters):
+            products.append(layer(torch.ones(2)).item())
+        products.append(layer(torch.ones(2)).item())
+    assert products == [6.0, 2.0, 6.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -168,6 +169,33 @@ def test_schedule_free_s_average_is_what_its_authors_compute() -> None:
         torch.testing.assert_close(parameters["w"].detach(), torch.stack(iterates).mean(0))
     assert torch.equal(parameters["w"], before)
     train(optimizer, parameters, range(5, 6))  # it is in training mode again
+
+
+def test_inside_of_autocast_products_are_of_averaged_weights_and_then_of_the_trained_ones_again() -> None:
+    """Autocast keeps 16-bit copies of weights until its context ends."""
+    layer = nn.Linear(1, 1, bias=False)
+    parameters = {"w": layer.weight}
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw_schedulefree", learning_rate=1.0), parameters)
+    train(optimizer, parameters, range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        products, weights = [], []
+        for is_averaged in (False, True, False):
+            with averaged_weights(optimizer) if is_averaged else nullcontext():
+                products.append(layer(torch.ones(1)).item())
+                weights.append(layer.weight.bfloat16().item())
+    assert products == weights
+    assert products[0] != products[1]
+
+
+def test_the_seed_of_a_run_is_that_of_an_optimizer_which_rounds_at_random() -> None:
+    after = []
+    for seed in (1, 2, 1):
+        parameters = named_weights(torch.bfloat16)
+        optimizer = build_optimizer(OptimizerOptions(optimizer="adamw_bf16", learning_rate=1e-3), parameters, seed)
+        train(optimizer, parameters, range(1))
+        after.append(parameters["large.weight"].detach())
+    assert torch.equal(after[0], after[2])
+    assert not torch.equal(after[0], after[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,6 +60,25 @@ def test_an_adapter_says_which_layers_it_is_on_and_how_much_trains(tmp_path: Pat
     assert texts(recorder) == ["full training: all parameters, 1 tensors of ToyDenoiser", "2 parameters are trained"]
 
 
+def test_a_model_has_the_average_and_the_schedule_that_the_configuration_says(tmp_path: Path, monkeypatch) -> None:
+    average = {"use_ema": True, "ema_decay": 0.75, "ema_update_interval": 3}
+    schedule = {"lr_scheduler": "polynomial", "lr_power": 2.0, "lr_end": 0.0, "lr_warmup_steps": 0}
+    plain = {"gradient_checkpointing": False, "activation_memory": "high"}
+    run, _ = toy_run(tmp_path, ONE, **average, **schedule, **plain)
+    answers = {
+        **{"mesh_of": None, "must_take_turns": False, "attach_adapter": run.model.adapter, "describe_adapter": None},
+        **{"place_denoiser": run.model.placement, "choose_kernels": None},
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(build, name, lambda *given, answer=answer: answer)
+    run.model.family.load_base = lambda: run.model.denoiser  # type: ignore[method-assign]
+    model = build.load_model(run.loaded, run.model.family, run.session, None, 10, None, None, has_sizes=False)
+    assert model.ema is not None
+    assert (model.ema.decay, model.ema.update_interval) == (0.75, 3)
+    assert [model.lr_factor(step) for step in (0, 5, 10)] == [1.0, 0.25, 0.0]
+    assert model.placement is run.model.placement
+
+
 def test_the_eval_loss_is_of_the_dataset_that_is_named_or_of_all(tmp_path: Path) -> None:
     run, _ = toy_run(tmp_path, ONE)
     datasets: Any = [

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.training.evaluate import (
+    evaluate,
     evaluate_anew,
     is_comparable,
     keeps_best,
@@ -214,3 +216,18 @@ def test_losses_and_the_best_of_other_eval_images_do_not_count(tmp_path):
     assert "start anew; the best of before is now in " in texts(recorder)[-1]
     run.evaluator = None
     assert is_comparable(run, newest)
+
+
+class Second(ProcessGroup):
+    """A process to which the main one says something else than it has found itself."""
+
+    def from_main(self, value: Any) -> Any:
+        return 7.0
+
+
+def test_an_eval_loss_is_the_main_process_s_in_all_of_them(tmp_path):
+    """By it each of them decides on its own whether the run ends."""
+    run, _ = toy_run(tmp_path, ONE, losses=[3, 4], eval_steps_interval=1)
+    run.progress.global_step, run.session.process_group = 1, Second()
+    evaluate(run)
+    assert run.progress.eval_losses == {1: 7.0}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from simpletuner.errors import DataError, Problem
+from simpletuner.errors import DataError, Interrupted, Problem
 from simpletuner.reporting.events import Notice, RunFinished
-from simpletuner.training import finish
+from simpletuner.training import finish, trainer
 from simpletuner.training.finish import (
     costing_only,
     final_files,
@@ -22,6 +23,7 @@ from simpletuner.training.finish import (
     note_final_weights,
 )
 from simpletuner.training.loop import run_training
+from simpletuner.training.run import Run
 from tests.toy import load_toy, toy_run
 
 ONE = {"a": (1.0, 3.0)}
@@ -153,3 +155,31 @@ def test_an_average_has_final_weights_of_its_own(tmp_path: Path) -> None:
     run.model.ema, run.model.adapter.can_be_disabled = None, False
     names = [path.relative_to(output).as_posix() for path in final_files(run.model, output)]
     assert names == ["pipeline/manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_reported"),
+    [(DataError("no room"), True), (Interrupted("stopped", 143), False)],
+    ids=["failed", "stopped"],
+)
+def test_a_run_that_fails_gets_its_report_and_one_that_is_stopped_leaves_at_once(
+    tmp_path, monkeypatch, error, is_reported
+):
+    run, _ = toy_run(tmp_path, ONE)
+    reports = []
+
+    def fail(run: Run) -> None:
+        raise error
+
+    for name, function in {
+        "build_run": lambda loaded, process: run,
+        "build_sinks": lambda *given, **named: [],
+        "build_publisher": lambda *given: None,
+        "chosen_kernels": lambda *given: nullcontext(),
+        "run_training": fail,
+        "report_run": lambda output_dir, *given: reports.append(output_dir),
+    }.items():
+        monkeypatch.setattr(trainer, name, function)
+    with pytest.raises(type(error)):
+        trainer.train(run.loaded)
+    assert len(reports) == is_reported

@@ -19,7 +19,7 @@ from simpletuner.adapters.build import attach_adapter
 from simpletuner.errors import MissingDependency
 from simpletuner.families.registry import get_spec
 from simpletuner.models.build import build_family
-from simpletuner.training import build
+from simpletuner.training import build, kernels
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing
 from simpletuner.training.kernels import compile_blocks, require_compiler
 from simpletuner.training.planning.shapes import empty_batch
@@ -170,3 +170,12 @@ def test_a_first_block_is_called_like_all_others() -> None:
     assert not x.requires_grad
     with torch.no_grad():
         assert not blocks(x).requires_grad
+
+
+def test_the_attention_kernel_that_is_named_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_require_kernel", lambda *given: None)
+    before = torch._C._get_sdp_priority_order()
+    for mechanism in ("native-efficient", "native-math"):
+        with kernels.attention_kernel(mechanism, torch.device("cpu"), torch.float32):
+            assert torch._C._get_sdp_priority_order()[0] == kernels.PREFERRED[mechanism].value
+    assert torch._C._get_sdp_priority_order() == before

@@ -13,7 +13,7 @@ from simpletuner.batch import Crop, Sample
 from simpletuner.cache.store import DamagedEntry
 from simpletuner.families.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
-from simpletuner.training import latents
+from simpletuner.training import latents, prompts
 from simpletuner.training.latents import DatasetLatents
 from simpletuner.training.prompts import has_all_embeddings, keeps_references_of_dropped
 from tests.configs import config_of
@@ -150,3 +150,21 @@ def test_files_hold_all_embeddings_where_every_dataset_has_them_and_nothing_else
     assert found([True, False], dropout=0.0)
     assert not found([True, None], dropout=0.0)
     assert not found([True], model_type="lora")  # the proof of its file asks for an embedding
+
+
+def test_other_rules_of_what_is_seen_with_a_prompt_are_other_texts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that finds all texts complete asks for no single one."""
+    image = SimpleNamespace(content="an image")
+    monkeypatch.setattr(prompts, "fixed_prompts", lambda *given: [SimpleNamespace(text="", images=[image])])
+
+    def named(sees: bool = True, **options: Any) -> str:
+        spec = SimpleNamespace(prompts_see_references=sees, drops_references=True)
+        cache: Any = SimpleNamespace(family=SimpleNamespace(spec=spec), set_fingerprint=lambda *facts: repr(facts))
+        loaded: Any = SimpleNamespace(config=config_of(**options))
+        return prompts._set_fingerprint(loaded, cache, [SimpleNamespace(fingerprint="a")])  # type: ignore[list-item]
+
+    dropping = {"caption_dropout_probability": 0.1}
+    rules = [{}, {"conditioning_multidataset_sampling": "random"}, dropping | {"reference_dropout_probability": 0.5}]
+    assert len({named(**rule) for rule in rules}) == 3
+    assert named() == named(**dropping)  # a dropped caption has no references
+    assert len({named(sees=False, **rule) for rule in rules}) == 1

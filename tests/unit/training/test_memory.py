@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ def test_the_peak_is_what_was_held_even_after_it_is_let_go():
     del held
     assert peak_bytes() >= max(before, 300 * MEBIBYTE)
     assert memory_gb(torch.device("cpu")) * 2**30 == peak_bytes()
+    if sys.platform == "linux":
+        [kibibytes] = re.findall(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert peak_bytes() >= int(kibibytes) * 1024
 
 
 @pytest.mark.slow

@@ -96,6 +96,8 @@ def test_without_a_change_every_resume_ends_at_the_same_step() -> None:
 
 def test_a_checkpoint_without_the_length_is_resumed_where_it_says() -> None:
     assert resumed_progress({"state": Progress(3, 0, 3).place()}, EIGHT).position == 3
+    # Of an epoch that has become shorter since, none is left.
+    assert resumed_progress({"state": Progress(9, 0, 9).place()}, EIGHT).position == 8
 
 
 @pytest.mark.slow

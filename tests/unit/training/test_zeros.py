@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from simpletuner.errors import ConfigError
-from simpletuner.training.zeros import ZeroWatch
+from simpletuner.training.zeros import ZeroWatch, probable_reason
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 
 
@@ -58,6 +58,11 @@ def test_a_short_run_is_judged_by_all_of_its_steps() -> None:
 def test_the_reason_is_that_of_the_step(loss: float, each, mixed_precision: str, reason: str) -> None:
     (text,) = warnings_of([(loss, 0.0)] * 10, each, mixed_precision).values()
     assert re.search(reason, text)
+
+
+def test_one_batch_of_several_is_not_the_reason() -> None:
+    for other in (batch(is_regularisation=True), batch(torch.zeros(1, 1, 8, 8))):
+        assert probable_reason(0.0, [other, batch()], "no").startswith("the prediction is the target already")
 
 
 def test_a_run_whose_masks_are_black_says_so(tmp_path: Path, omnigen_folder: Path) -> None:
