@@ -112,7 +112,7 @@ class Model:
             self._shapes[side] = read_shapes(plain, self.family(plain), Load(1, side, side), [embeds_of(self.shape)])
         shapes = settled(self._shapes[side], run.config, family, self.denoiser)
         assistant = ASSISTANT_BYTES if has_assistant(spec, self.flavour) else 0
-        rows, _ = memory_rows(run, family, shapes, False, available - assistant)
+        rows, _ = memory_rows(run, family, shapes, 0, available - assistant)
         return sum(row.num_bytes for row in rows) + assistant, shapes.swapped_bytes
 
     def preset(self, gib: int) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ was not measured is said.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +35,15 @@ from simpletuner.training.kernels import chosen_kernels
 from simpletuner.training.latents import fingerprint_of_vae
 from simpletuner.training.planning.encoding import largest_references, text_cost
 from simpletuner.training.planning.loads import choose_prompts, largest_load
-from simpletuner.training.planning.memory import Row, Shapes, decode_bytes, device_memory, memory_rows, read_shapes
+from simpletuner.training.planning.memory import (
+    Row,
+    Shapes,
+    decode_bytes,
+    device_memory,
+    memory_rows,
+    on_demand_bytes,
+    read_shapes,
+)
 from simpletuner.training.planning.settings import Room, choose_settings, with_activation_memory, with_settings
 from simpletuner.training.planning.shapes import Load
 from simpletuner.training.preflight import check_model_folder
@@ -123,8 +132,8 @@ def make_plan(loaded: LoadedRun, probe: bool | None = None, other_gpu: int | Non
 
     shapes = read_shapes(loaded, family, largest, choose_prompts(family, training, largest, longest=True))
     available = device_memory(family.device) if other_gpu is None else other_gpu
-    stays_vae = any(each.encodes_on_demand for each in datasets)
-    memory, other_activations = memory_rows(loaded, family, shapes, stays_vae, available)
+    on_demand = on_demand_bytes(family, datasets, config.data.vae_batch_size)
+    memory, other_activations = memory_rows(loaded, family, shapes, on_demand, available)
     captions = text_cost(loaded, family, datasets)
     if captions is not None and captions.stays and captions.cost is not None:
         memory.append(Row("text encoders, kept to encode on demand", captions.cost.weight_bytes))
@@ -167,7 +176,7 @@ def memory_notes(config: TrainConfig, family: ModelFamily, largest: Load, chosen
     if family.device.type == "cuda":
         notes.append("the CUDA context is not counted; available memory is what it leaves")
     if not config.validation.validation_disable:
-        decode = decode_bytes(family, *config.validation.validation_sizes[0])
+        decode = decode_bytes(family, *max(config.validation.validation_sizes, key=math.prod))
         notes.append(f"decoding a validation image takes {bytes_text(decode)} beside the weights, between two steps")
     return notes
 

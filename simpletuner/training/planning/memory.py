@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from simpletuner.adapters.build import attach_adapter
 from simpletuner.batch import PromptEmbeds
 from simpletuner.config.loading import LoadedRun
 from simpletuner.config.options import TrainConfig
-from simpletuner.models.components import make_empty_component
+from simpletuner.data.dataset import Dataset
 from simpletuner.models.family import ModelFamily
 from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.precision.mixed import DTYPES
@@ -29,7 +30,7 @@ from simpletuner.precision.quantize import (
     saved_bytes,
 )
 from simpletuner.training.gradient_checkpointing import count_fitting
-from simpletuner.training.planning.encoding import StaysOnMeta
+from simpletuner.training.planning.encoding import StaysOnMeta, largest_references
 from simpletuner.training.planning.shapes import (
     Activations,
     Load,
@@ -143,11 +144,12 @@ def settled(shapes: Shapes, config: TrainConfig, family: ModelFamily, denoiser: 
 
 
 def memory_rows(
-    loaded: LoadedRun, family: ModelFamily, shapes: Shapes, stays_vae: bool, available: int
+    loaded: LoadedRun, family: ModelFamily, shapes: Shapes, on_demand: int, available: int
 ) -> tuple[list[Row], list[Row]]:
     """(what training takes, what its activations would take with other settings).
 
     Args:
+        on_demand: see `on_demand_bytes`.
         available: bytes of the device, which decide how many blocks `auto` recomputes.
     """
     config = loaded.config
@@ -166,9 +168,7 @@ def memory_rows(
         rows.append(Row("16-bit copies of trained weights", 2 * sum(parameter.numel() for parameter in wide)))
     is_in_8_bits = quantizes_activations(family.number_formats)
     rows.append(Row("one product in 8 bits" if is_in_8_bits else "one unpacked matrix", shapes.unpacked))
-    if stays_vae:
-        vae = make_empty_component(family.source, family.spec.component("vae"), torch.float32)
-        rows.append(Row("VAE, kept to encode on demand", num_bytes(vae.parameters())))
+    rows.append(Row("VAE, encoding on demand", on_demand))
     free = available - sum(row.num_bytes for row in rows)
     chosen, others = activation_rows(config, shapes.activations, free, shapes.least)
     # The activations are gone when the optimizer takes its step, so what it makes has their room.
@@ -270,6 +270,22 @@ def encode_bytes(family: ModelFamily, height: int, width: int, batch_size: int) 
     with torch.no_grad(), PeakBytes() as made, StaysOnMeta():
         family.encode_images(vae, pixels)
     return num_bytes(vae.parameters()) + num_bytes([pixels]) + made.peak
+
+
+def largest_encoded(datasets: Sequence[Dataset]) -> tuple[int, int]:
+    """(height, width) of the largest image that the VAE encodes, references included."""
+    sizes = [size for dataset in datasets for size in (*dataset.buckets, *largest_references([dataset]))]
+    return max(sizes, key=math.prod)
+
+
+def on_demand_bytes(family: ModelFamily, datasets: Sequence[Dataset], batch_size: int) -> int:
+    """The VAE and what it makes where it encodes in a thread beside the training steps; 0 where all is encoded before.
+
+    Args:
+        batch_size: `vae_batch_size`.
+    """
+    encoding = [dataset for dataset in datasets if dataset.encodes_on_demand]
+    return encode_bytes(family, *largest_encoded(encoding), batch_size) if encoding else 0
 
 
 def decode_bytes(family: ModelFamily, height: int, width: int) -> int:

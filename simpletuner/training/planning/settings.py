@@ -9,6 +9,7 @@ wrote is never changed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from simpletuner.hardware import GIB
 from simpletuner.models.build import build_family
 from simpletuner.models.devices import swaps_blocks
 from simpletuner.models.family import ModelFamily
-from simpletuner.training.planning.encoding import TextCost, encoder_bytes, largest_references, text_cost
+from simpletuner.training.planning.encoding import TextCost, encoder_bytes, text_cost
 from simpletuner.training.planning.loads import choose_prompts, largest_load
 from simpletuner.training.planning.memory import (
     Row,
@@ -41,8 +42,10 @@ from simpletuner.training.planning.memory import (
     decode_bytes,
     device_memory,
     encode_bytes,
+    largest_encoded,
     may_keep_least,
     memory_rows,
+    on_demand_bytes,
     read_shapes,
     settled,
 )
@@ -172,7 +175,8 @@ def choose_settings(loaded: LoadedRun, family: ModelFamily, datasets: Sequence[D
     if captions is not None and captions.cost is not None:
         found.append(_Captions(loaded, family, datasets, room, captions).choose())
     rest = [row for row in training.rows if not row.name.startswith(("activations", "gradients"))]
-    found.append(_Vae(loaded, family, datasets, room, sum(row.num_bytes for row in rest)).choose())
+    beside = sum(row.num_bytes for row in rest) + training.encoders
+    found.append(_Vae(loaded, family, datasets, room, beside).choose())
     main = f", {bytes_text(room.main)} of main memory" if room.main is not None else ""
     first = f"up to {bytes_text(room.device)} of {family.device} are planned{main}"
     return Choice(
@@ -273,7 +277,7 @@ class _Training(_Stage):
         self._shapes: dict[tuple[str | None, bool], Shapes] = {}
         self.denoiser = type(family)(family.spec, family.source, torch.device("meta"), family.dtype).empty_denoiser()
         self.encoders = captions.cost.weight_bytes if captions and captions.stays and captions.cost else 0
-        self.stays_vae = any(each.encodes_on_demand for each in datasets)
+        self.on_demand = on_demand_bytes(family, datasets, config.data.vae_batch_size)
         self.rows: list[Row] = []
 
     def ways(self, loaded: LoadedRun) -> Iterator[Settings]:
@@ -312,7 +316,7 @@ class _Training(_Stage):
         shapes = settled(self.shapes(loaded), config, family, self.denoiser)
         activations = shapes.activations
         swapped = shapes.swapped_bytes
-        self.rows, _ = memory_rows(loaded, family, shapes, self.stays_vae, self.room.device - self.encoders)
+        self.rows, _ = memory_rows(loaded, family, shapes, self.on_demand, self.room.device - self.encoders)
         device = sum(row.num_bytes for row in self.rows) + self.encoders
         offloads = config.model.gradient_checkpointing and config.model.gradient_checkpointing_backend == "unsloth"
         waiting = swapped + (sum(activations.inputs) if offloads else 0)
@@ -367,8 +371,7 @@ class _Vae(_Stage):
     def __init__(self, loaded: LoadedRun, family: ModelFamily, datasets: Sequence[Dataset], room: Room, beside: int):
         super().__init__(loaded, family, datasets, room)
         self.beside = beside
-        sizes = [size for dataset in datasets for size in (*dataset.buckets, *largest_references([dataset]))]
-        self.size = max(sizes, key=lambda size: size[0] * size[1])
+        self.size = largest_encoded(datasets)
 
     def ways(self, loaded: LoadedRun) -> Iterator[Settings]:
         count = loaded.config.data.vae_batch_size
@@ -383,7 +386,8 @@ class _Vae(_Stage):
         config, family = loaded.config, _configured(self.family, loaded)
         peak = encode_bytes(family, *self.size, config.data.vae_batch_size)
         if not config.validation.validation_disable:
-            peak = max(peak, self.beside + decode_bytes(family, *config.validation.validation_sizes[0]))
+            largest = max(config.validation.validation_sizes, key=math.prod)
+            peak = max(peak, self.beside + decode_bytes(family, *largest))
         return Cost(peak)
 
 

@@ -205,7 +205,7 @@ def test_a_plan_has_room_for_the_step_of_the_optimizer_where_the_activations_lea
         shapes = memory.Shapes(1, 0, {}, 0, 0, MagicMock(), 0, update=1000)
         family = MagicMock(number_formats=MagicMock(base="no_change"))
         loaded = MagicMock(config=config_of(optimizer="came", mixed_precision="no"))
-        rows, _ = memory.memory_rows(loaded, family, shapes, False, 10**6)
+        rows, _ = memory.memory_rows(loaded, family, shapes, 0, 10**6)
     assert [(row.name, row.num_bytes) for row in rows] == [
         ("activations", 300),
         ("a step of came, beyond the activations", 700),

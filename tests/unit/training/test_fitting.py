@@ -25,7 +25,7 @@ from simpletuner.training import memory as process_memory
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.planning import settings as planning
-from simpletuner.training.planning.memory import Shapes, may_keep_least, read_shapes
+from simpletuner.training.planning.memory import Shapes, encode_bytes, may_keep_least, read_shapes
 from simpletuner.training.planning.settings import (
     Choice,
     Cost,
@@ -237,6 +237,30 @@ def test_the_vae_gets_smaller_batches_and_then_tiles(
     assert (tiled["vae_batch_size"], tiled["vae_enable_tiling"]) == (1, True)
     assert (128, 128, 1, ("tiling",)) in tried
     assert choose(unwritten, 40).lacking[0].message.startswith("the VAE takes 50 bytes at least")
+
+
+def test_validation_images_of_the_largest_size_are_decoded_beside_what_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = {"validation_disable": False, "validation_prompt": "a star", "validation_resolution": "64x64,128x64"}
+    loaded = load_here(write(tmp_path / "run", model, **validation))
+    monkeypatch.setattr(planning, "encode_bytes", lambda *given: 0)
+    monkeypatch.setattr(planning, "decode_bytes", lambda family, height, width: 10 * height * width)
+    family = build_family(loaded.config)
+    stage = planning._Vae(loaded, family, read_datasets(loaded, family), Room(0, None, 0), 7)
+    assert stage.cost(loaded) == Cost(10 * 128 * 64 + 7)
+
+
+def test_images_that_are_encoded_on_demand_take_their_memory_beside_the_steps(model: Path, tmp_path: Path) -> None:
+    """A thread encodes the next images while a step is taken."""
+    folder = write(tmp_path / "run", model)
+    before = stage_of(load_here(folder)).cost(load_here(folder))
+    data = json.loads((folder / "multidatabackend.json").read_text())
+    (folder / "multidatabackend.json").write_text(json.dumps([{**data[0], "vae_cache_ondemand": True}]))
+    loaded = load_here(folder)
+    encoding = encode_bytes(build_family(loaded.config), 128, 128, loaded.config.data.vae_batch_size)
+    assert encoding > 0
+    assert stage_of(loaded).cost(loaded).device == before.device + encoding
 
 
 @pytest.mark.slow
