@@ -81,6 +81,7 @@ def test_keys_that_do_not_go_together(workspace: Workspace, changes: dict[str, A
         [(1, 100), (101, 0)],
         [(50, None), (0, 60)],
         [(0, 99), (100, 100)],
+        [(0, 90), (10, 20), (91, None)],
     ],
 )
 def test_ranges_of_steps_that_meet_are_taken(workspace: Workspace, ranges: list[tuple[int, int | None]]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from simpletuner.config.dataset_loading import LoadedDatasets, read_datasets
-from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset
+from simpletuner.config.dataset_values import TagShuffle
+from simpletuner.config.datasets import EvalDataset, ImageDataset, TextEmbedsDataset, text_cache_entry
 from simpletuner.config.json_reader import parse_json
 from simpletuner.config.options import TrainConfig
 
@@ -55,6 +56,21 @@ def test_the_prompt_of_the_configuration_is_one_caption() -> None:
     assert isinstance(first, ImageDataset)
     assert isinstance(second, ImageDataset)
     assert (first.instance_prompt, second.instance_prompt) == (("a red cat",), ("c",))
+
+
+def test_tags_are_shuffled_where_the_configuration_says_so_but_not_of_an_eval_loss() -> None:
+    config = TrainConfig.from_values({**CONFIG.values(), "caption_shuffle": True})
+    changes: list[dict[str, Any]] = [{}, {"caption_shuffle": False}, {"dataset_type": "eval"}]
+    entries = [{"id": str(number), "instance_data_dir": "x", **each} for number, each in enumerate(changes)]
+    found = read_datasets(parse_json(json.dumps(entries), "data.json"), config).entries
+    assert [entry.caption_shuffle for entry in found] == [TagShuffle(), None, None]
+
+
+def test_the_text_cache_that_counts_is_the_default_or_the_only_one() -> None:
+    a, b, c = (TextEmbedsDataset(id=name, default=name == "c") for name in "abc")
+    assert text_cache_entry([a]) is a
+    assert text_cache_entry([a, b, c]) is c
+    assert text_cache_entry([a, b]) is text_cache_entry([]) is None
 
 
 def test_sizes_in_another_unit_are_not_taken_over() -> None:

@@ -115,6 +115,8 @@ def test_text_is_not_run_and_ends_no_line_where_it_does_not(folder: Path):
         (folder / "config/config.env").write_text(f"HF_HOME={command}\n")
         with pytest.raises(ConfigError, match="holds a command, which is not run"):
             variables_of_files({}, folder)
+    (folder / "config/config.env").write_text("WANDB_NOTES='costs $TZ'\" in $TZ\"\n")
+    assert variables_of_files({"TZ": "UTC"}, folder).variables == {"WANDB_NOTES": "costs $TZ in UTC"}
     (folder / "config/config.env").write_text("WANDB_NOTES='a\u2028LD_PRELOAD=x'\n", encoding="utf-8")
     assert variables_of_files({}, folder).variables == {"WANDB_NOTES": "a\u2028LD_PRELOAD=x"}
 

@@ -76,6 +76,8 @@ def test_line_ends_of_windows_stay():
     assert set_value(WINDOWS, ("c",), 3) == WINDOWS.replace("2\r\n", '2,\r\n  "c": 3\r\n')
     assert remove_value(WINDOWS, ("b",)) == '{\r\n  // mine\r\n  "a": 1 // one\r\n}\r\n'
     assert remove_value(WINDOWS, ("a",)) == '{\r\n  // mine\r\n  "b": 2\r\n}\r\n'
+    mixed = '{\r\n  "a": 1,\n  "b": 2\n}\n'
+    assert set_value(mixed, ("b",), 3) == mixed.replace("2", "3")
 
 
 def test_what_is_put_in_is_indented_as_the_file_is():

@@ -45,7 +45,8 @@ PLAIN = {"id": "plain", "instance_data_dir": "datasets/images"}
         },
         {
             **FULL,
-            **{"fsdp_enable": True, "num_processes": 4, "fsdp_shard_size": 2, "optimizer": "adamw_bf16"},
+            **{"fsdp_enable": True, "num_processes": 2, "fsdp_shard_size": 4, "optimizer": "adamw_bf16"},
+            **{"num_machines": 2, "machine_rank": 0, "main_process_ip": "10.0.0.1", "main_process_port": 29500},
             **{"fsdp_cpu_offload": True, "activation_memory": "lowest", "use_ema": True},
         },
         {

@@ -249,6 +249,9 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
     assert 'did you mean "other"?' in workspace.fails().render()
     workspace.environment = {"CONFIG_PATH": "elsewere/mine.json"}  # codespell:ignore
     assert 'did you mean "elsewhere/mine.json"?' in workspace.fails().render()
+    (workspace.root / "elsewhere/mine.json").rename(workspace.root / "elsewhere/mine.txt")
+    workspace.environment = {"CONFIG_PATH": "elsewhere/mine.txt", "CONFIG_BACKEND": "json"}
+    assert workspace.load().config.training.seed == 13
     workspace.environment = {"CONFIG_BACKEND": "cmd"}
     arguments = [f"--{key}={value}" for key, value in workspace.config.items()]
     assert workspace.load(*arguments, "--seed=14").config.training.seed == 14

@@ -100,6 +100,7 @@ def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
         ({"algo": "lokr", "preset": "full", "apply_preset": {}}, "preset", "both say which layers"),
         ({"algo": "lokr", "factr": 4}, "factr", 'did you mean "factor"?'),
         ({"algo": "lokr", "factor": "four"}, "factor", "not a number"),
+        ({"algo": "lokr", "module_dropout": 1.0}, "module_dropout", "at least 0 and below 1"),
         ({"algo": "lokr", "linear_dim": 0}, "linear_dim", "at least 1"),
         ({"algo": "lokr", "dora_wd": 1}, "dora_wd", "true or false"),
         ({"algo": "lokr", "use_scalar": 2}, "use_scalar", "true or false"),

@@ -269,6 +269,7 @@ def test_a_value_that_was_refused_is_not_judged_again(workspace: Workspace) -> N
         ('{"a": ""}', "is not a prompt"),
         ('{"a": 3}', "is not a prompt"),
         ('{"Cat": "x", "cat": "y"}', "in capitals only"),
+        ('{"cat": "x", "Cat": "y"}', "in capitals only"),
         ('{"validation": "x"}', "that of validation_prompt"),
         ("{}", "holds no prompts"),
         ('["a"]', "is not a JSON object"),

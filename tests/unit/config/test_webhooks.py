@@ -19,13 +19,14 @@ RAW = {"webhook_type": "raw", "callback_url": f"https://example.org/{CANARY}"}
 DISCORD = {"webhook_type": "discord", "webhook_url": f"https://discord.com/api/webhooks/1/{CANARY}"}
 
 
-@pytest.mark.parametrize("form", ["object", "text", "file", "list", "list in a file"])
+@pytest.mark.parametrize("form", ["object", "text", "file", "list", "list as text", "list in a file"])
 def test_each_form_gives_the_same_webhook(workspace: Workspace, form: str) -> None:
     written: Any = {
         "object": RAW,
         "text": json.dumps(RAW),
         "file": "config/webhook.json",
         "list": [RAW, DISCORD],
+        "list as text": json.dumps([RAW, DISCORD]),
         "list in a file": "config/webhook.json",
     }[form]
     workspace.put("config/webhook.json", [RAW, DISCORD] if "list" in form else RAW)

@@ -24,7 +24,7 @@ from simpletuner.reporting.charts import (
     thinned,
 )
 from simpletuner.reporting.events import EvalDone, RunStarted
-from simpletuner.reporting.loss_plot import EVAL, plot_loss, read_curves
+from simpletuner.reporting.loss_plot import EVAL, _eval_label, plot_loss, read_curves
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -225,3 +225,10 @@ def test_a_long_curve_has_few_places_to_hover_over_and_a_noisy_one_none():
         marks[style] = svg.count("<circle")
     # Of 7 steps each one stays: 143; of these every third.
     assert marks == {"line": 48, "dashed": 48, "faint": 0, "dots": 143}
+
+
+def test_the_legend_says_by_how_much_the_eval_loss_changed():
+    assert _eval_label([(0, 0.5), (10, 0.7), (20, 0.4)]) == "eval loss 0.400, -20 %"
+    assert _eval_label([(0, 0.5), (10, 0.75)]) == "eval loss 0.750, +50 %"
+    assert _eval_label([(0, 0.5)]) == "eval loss 0.500"
+    assert _eval_label([(0, 0.0), (10, 0.5)]) == "eval loss 0.500"

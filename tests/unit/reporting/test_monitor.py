@@ -23,11 +23,13 @@ from simpletuner.commands.monitor import make_server
 from simpletuner.config.webhooks import Webhook, Webhooks
 from simpletuner.errors import ConfigError
 from simpletuner.reporting import events
+from simpletuner.reporting.events import to_record
+from simpletuner.reporting.monitor import server as monitor_server
 from simpletuner.reporting.monitor.following import Follower
 from simpletuner.reporting.monitor.history import History, Image, ImageStore
 from simpletuner.reporting.monitor.reading import BadEvent, read_event
 from simpletuner.reporting.monitor.server import MonitorServer
-from simpletuner.reporting.sinks.jsonl import JsonlSink
+from simpletuner.reporting.sinks.jsonl import METRICS_FILE, JsonlSink
 from simpletuner.reporting.webhooks.encoding import raw_event
 from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
 from simpletuner.reporting.webhooks.sink import WebhookSink
@@ -286,6 +288,8 @@ def test_other_sites_are_kept_out() -> None:
         assert ask(server, "GET", "/", Host="evil.example")[0] == 421
         assert ask(server, "POST", "/", good, Host="evil.example:80")[0] == 421
         assert ask(server, "GET", "/stream", Sec_Fetch_Site="cross-site")[0] == 403
+        assert ask(server, "GET", "/stream", Sec_Fetch_Site="same-site")[0] == 403, "another port of this computer"
+        assert ask(server, "GET", "/monitor.js", Sec_Fetch_Site="same-origin")[0] == 200
         assert ask(server, "POST", "/", good, Sec_Fetch_Site="cross-site")[0] == 403
         assert ask(server, "POST", "/", good, Content_Type="text/plain")[0] == 415
         assert ask(server, "GET", "/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 200
@@ -452,3 +456,31 @@ def test_a_page_gets_every_patch_until_it_has_missed_one() -> None:
     found = history.wait(1, 0)
     assert found is not None
     assert (len(found[0]), found[1]) == (1000, 1001)
+
+
+def test_a_file_that_was_shortened_in_place_is_read_again(tmp_path: Path) -> None:
+    path, history = tmp_path / METRICS_FILE, History()
+    follower = Follower(tmp_path, history)
+    for losses in ([0.5, 0.4, 0.3], [0.75]):
+        lines = [json.dumps({"time": 1.0, **to_record(step_done(n, loss=x))}) for n, x in enumerate(losses, start=1)]
+        path.write_text("".join(f"{line}\n" for line in lines))
+        follower.read()
+    (snapshot,), _ = history.snapshots()
+    assert [row[:2] for row in snapshot["curve"]] == [[1, 0.75]]
+
+
+def test_a_page_that_was_closed_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_server, "MAX_PAGES", 1)
+    with running() as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=300)
+        connection.request("GET", "/stream")
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        assert ask(server, "GET", "/stream")[0] == 503
+        answer.close()
+        connection.close()
+        for number in range(100):  # a page that is gone is noticed when there is something to tell it
+            server.history.add(progress((number, 1.0)), [])
+            if has_room := server.pages.acquire(timeout=0.1):
+                break
+        assert has_room

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import SecretStr
 from tenacity import RetryCallState, Retrying
 
 from simpletuner.config.webhooks import Webhook
-from simpletuner.reporting.webhooks.messages import CurvePoint, progress_message
+from simpletuner.reporting.webhooks.images import load_images
+from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message
 from simpletuner.reporting.webhooks.sender import Patience
+from simpletuner.reporting.webhooks.spool import Spool, created_at, message_id
 from simpletuner.reporting.webhooks.transport import Deadlines, DeliveryFailed, Transport, retry_after
 from tests.events import step_done
 
@@ -23,6 +28,10 @@ def test_progress_says_what_is_done_and_what_is_left():
     assert message.data["eta_seconds"] == 180
     assert [row[0] for row in message.data["curve"]] == [28, 29, 30]
     assert message.title == "step 30 of 120"
+    slow_first = [step_done(number, total_steps=120, seconds=9.0 if number < 11 else 1.0) for number in range(1, 31)]
+    points = [CurvePoint.of(step) for step in slow_first]
+    assert progress_message(steps[-1], "run", points).data["eta_seconds"] == 90, "the pace of the last 20 alone"
+    assert progress_message(steps[-1], "run", []).data["eta_seconds"] == 180
 
 
 def pauses(patience: Patience, error: Exception, count: int) -> list[float]:
@@ -67,3 +76,31 @@ def test_a_service_may_ask_for_a_pause_of_up_to_a_quarter_of_an_hour(header: str
 def test_certificates_are_checked_however_an_address_is_spelled(url: str, keys: dict[str, bool], mode: ssl.VerifyMode):
     transport = Transport(Webhook(webhook_type="raw", callback_url=SecretStr(url), **keys), Deadlines())
     assert transport._client._transport._pool._ssl_context.verify_mode == mode  # type: ignore[attr-defined]
+
+
+def test_images_share_what_a_service_takes(tmp_path: Path):
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path in paths:
+        Image.effect_noise((64, 64), 90).save(path)
+    sizes = [Path(path).stat().st_size for path in paths]
+    whole = load_images(paths, sum(sizes))
+    assert [each.data for each in whole if each] == [Path(path).read_bytes() for path in paths]
+    smaller = load_images([*paths, str(tmp_path / "gone.png")], sum(sizes) - 1)
+    assert [each is None for each in smaller] == [False, False, True]
+    assert sum(len(each.data) for each in smaller if each) < sum(sizes)
+
+
+def test_a_waiting_message_is_as_old_as_it_was_when_it_was_made(tmp_path: Path):
+    message = Message("error", "error", "t", "x", {}, created=1_764_400_000.25)
+    spool = Spool(tmp_path / "spool", tmp_path)
+    spool.add(message)
+    [name] = spool.names()
+    assert (created_at(name), message_id(name)) == (1_764_400_000.25, message.id)
+
+
+def test_an_address_stays_out_of_the_log_as_httpx_writes_it_too():
+    """httpx writes a host in small letters, and a space as %20."""
+    webhook = Webhook(webhook_type="raw", callback_url=SecretStr("http://Hooks.example/s3 cret"))
+    transport = Transport(webhook, Deadlines())
+    record = logging.LogRecord("httpx", logging.INFO, "", 0, "POST %s", ("http://hooks.example/s3%20cret",), None)
+    assert not transport._log_filter.filter(record)

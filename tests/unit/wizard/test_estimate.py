@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,18 @@ def test_a_model_that_is_not_here_is_not_fetched_for_an_estimate(folder: Path, m
     [found] = estimating
     assert "Shitao/OmniGen-v1-diffusers" in found.error
     assert not (folder / "config").exists()
+
+
+def test_what_is_estimated_is_what_would_be_saved():
+    estimating, file = object.__new__(Estimating), Path("config/config.json")
+    places = SimpleNamespace(config=file, working_dir=Path("here"))
+    estimating.ask(SimpleNamespace(places=places, texts={file: "old", Path("data.json"): "[]"}), {file: "new"}, 24)
+    assert estimating._asked == {
+        "config": "config/config.json",
+        "working_dir": "here",
+        "unsaved": {"config/config.json": "new", "data.json": "[]"},
+        "other_gpu": 24,
+    }
 
 
 def test_an_estimate_that_nobody_waits_for_ends(folder: Path):

@@ -14,8 +14,9 @@ from simpletuner.config.prompt_library import LibraryPrompt
 from simpletuner.errors import ConfigError
 from simpletuner.reporting.report.record import CONTACT_DIR
 from simpletuner.training.trainer import train
-from simpletuner.wizard.command import Given, configure_without_screens
+from simpletuner.wizard.command import Given, apply, configure_without_screens
 from simpletuner.wizard.files import judge, save, start_command, texts_for
+from simpletuner.wizard.images import look_at_folder
 from simpletuner.wizard.project import open_project
 from tests.runs import write_run
 from tests.unit.wizard.projects import CONFIG, CPU, configured, contents, new_folder
@@ -150,6 +151,47 @@ def test_folders_are_added_and_prompts_replaced_in_existing_files(folder: Path, 
     saved = save(project, texts_for(project, answers), answers)
     assert [entry.dataset_type for entry in load_run((), {}, folder).datasets] == ["image"]
     assert "eval" not in saved.roles
+
+
+def test_two_folders_that_go_take_their_own_entries_along(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder, eval_data="held_out", regularisation_data="others")
+    project = open_project(CONFIG, folder, CPU)
+    assert project.roles == {"images": 0, "regularisation": 1, "eval": 2}
+    answers = replace(project.answers, eval_images="", regularisation_images="")
+    [text] = texts_for(project, answers).values()
+    assert [entry["instance_data_dir"] for entry in json.loads(text)] == ["images"]
+
+
+def test_an_entry_that_is_disabled_is_not_the_one_that_is_edited(folder: Path, omnigen_folder: Path):
+    configured(folder, omnigen_folder)
+    data = folder / "config/multidatabackend.json"
+    entries = json.loads(data.read_text())
+    data.write_text(
+        json.dumps([{**entries[0], "id": "old", "instance_data_dir": "others", "disabled": "true"}, *entries])
+    )
+    project = open_project(CONFIG, folder, CPU)
+    assert (project.roles, project.answers.images) == ({"images": 1}, "images")
+
+
+def test_another_flavor_takes_the_place_of_a_model_folder(folder: Path, omnigen_folder: Path):
+    project = configured(folder, omnigen_folder)
+    assert project.answers.model == str(omnigen_folder)
+    assert apply(project, Given(flavour="v1")).model is None
+    assert apply(project, Given(rank=3)).model == str(omnigen_folder)
+    assert apply(project, Given(family="sdxl")).model is None
+
+
+def test_another_algorithm_has_its_own_usual_rank(folder: Path, omnigen_folder: Path):
+    project = configured(folder, omnigen_folder, adapter="loha", rank=6)
+    assert apply(project, Given(adapter="locon")).rank is None
+    assert apply(project, Given(adapter="locon", rank=5)).rank == 5
+    assert apply(project, Given()).rank == 6
+
+
+def test_images_with_a_text_file_are_not_without_words(folder: Path):
+    rename_as_a_camera_does(folder, with_text=1)
+    facts = look_at_folder("images", folder, folder / "cache", lambda count: None).facts
+    assert (facts.usable, facts.with_text, facts.without_words) == (4, 1, 3)
 
 
 def test_pairs_are_written_opened_without_a_change_and_taken_out_again(folder: Path, omnigen_folder: Path):

@@ -67,6 +67,15 @@ def test_what_was_written_is_read_back(chosen: Lycoris):
     assert read_lycoris(lycoris_settings(OMNIGEN, chosen)) == chosen
 
 
+def test_feed_forward_layers_get_a_larger_part_than_attention():
+    """LoKr's matrices grow as its factor falls: half of 12 for feed-forward layers, and never less than 1."""
+    preset = lycoris_settings(OMNIGEN, Lycoris(factor=12))["apply_preset"]
+    factors = {"Attention": {"factor": 12}, "FeedForward": {"factor": 6}}
+    assert preset == {"target_module": ["Attention", "FeedForward"], "module_algo_map": factors}
+    smallest = lycoris_settings(OMNIGEN, Lycoris(factor=1))["apply_preset"]["module_algo_map"]
+    assert smallest["FeedForward"] == {"factor": 1}
+
+
 def test_an_untouched_file_stays_as_it_is():
     found = read_lycoris(parse_json(BY_HAND, "").value)
     assert found == Lycoris("lokr", factor=12, layers="as written")

@@ -112,6 +112,30 @@ def test_steps_and_resolution_follow_the_images():
     assert (config["resolution"], config["validation_resolution"]) == (512, "512x512")
     unseen = make_plan(answers()).config
     assert unseen["resolution"] == 1024
+    assert make_plan(answers(seen={"images": replace(FEW, side=512)})).config["resolution"] == 512
+
+
+def test_a_run_has_one_length():
+    config = make_plan(answers(options={"num_train_epochs": 3})).config
+    assert (config["max_train_steps"], config["num_train_epochs"]) == (0, 3)
+    config = make_plan(answers(options={"max_train_steps": 77})).config
+    assert (config["max_train_steps"], config["num_train_epochs"]) == (77, 0)
+
+
+def test_the_first_prompt_is_an_option_and_the_others_are_a_file():
+    plan = make_plan(answers(dataset={"instance_prompt": "ohwx dog"}))
+    assert plan.config["validation_prompt"] == "ohwx dog"
+    assert list(plan.prompts.values()) == [
+        "ohwx dog on a beach at sunset",
+        "a pencil drawing of ohwx dog",
+        "a mountain lake in the morning",
+    ]
+
+
+@pytest.mark.parametrize(("with_text", "strategy"), [(20, "textfile"), (19, "filename"), (0, "filename")])
+def test_text_files_are_read_where_each_image_of_a_folder_has_one(with_text: int, strategy: str):
+    given = answers(regularisation_images="others", seen={"others": replace(FEW, with_text=with_text)})
+    assert make_plan(given).entries["regularisation"]["caption_strategy"] == strategy
 
 
 def test_captions_beside_the_images_are_used_and_a_name_is_put_in_front():

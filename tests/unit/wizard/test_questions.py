@@ -13,8 +13,8 @@ from simpletuner.wizard.answers import Answers, ImageFacts
 from simpletuner.wizard.files import without_secrets
 from simpletuner.wizard.pages import page_of, pages
 from simpletuner.wizard.plan import make_plan
-from simpletuner.wizard.question import Question, option_questions
-from simpletuner.wizard.questions import FALLBACK, FAMILY, FLAVOUR, WEBHOOK, adapter_readers
+from simpletuner.wizard.question import Question, Refused, option_questions
+from simpletuner.wizard.questions import FACTOR, FALLBACK, FAMILY, FLAVOUR, LYCORIS_RANK, WEBHOOK, adapter_readers
 from tests.unit.wizard.projects import answers
 
 DISCORD = "https://discord.com/api/webhooks/1/secret"
@@ -83,6 +83,17 @@ def test_another_address_keeps_what_else_was_said_of_a_webhook():
         "callback_url": "https://example.org/hook",
         "message_prefix": "luna",
     }
+
+
+@pytest.mark.parametrize(
+    ("question", "key", "most"), [(FACTOR, "factor", 64), (LYCORIS_RANK, "rank", 4096)], ids=["factor", "rank"]
+)
+def test_a_size_is_a_whole_number_within_its_limits(question: Question, key: str, most: int):
+    for number in (1, most):
+        assert getattr(question.write(answers(), str(number)), key) == number
+    for text in ("0", str(most + 1), "-1", "1.5", "", "²"):
+        with pytest.raises(Refused, match=f"allowed: 1 to {most}"):
+            question.write(answers(), text)
 
 
 def test_an_address_is_not_shown():

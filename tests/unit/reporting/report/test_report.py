@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from html.parser import HTMLParser
@@ -28,6 +29,7 @@ from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
 from simpletuner.reporting.report.record import RunRecord
+from simpletuner.reporting.report.view import times_of
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -246,3 +248,25 @@ def test_the_base_is_judged_on_the_images_of_the_last_evaluation(tmp_path: Path)
     assert _base_loss(run) == 0.7
     assert _base_loss(RunRecord(tmp_path, evaluations=[first, last])) == 0.9
     assert _base_loss(RunRecord(tmp_path, evaluations=[last])) is None
+
+
+def test_images_beyond_the_budget_are_counted_and_left_out():
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    whole = Embedder(1)
+    one = len(base64.b64decode(str(whole.img_of(image)).split("base64,")[1].split('"')[0]))
+    embed = Embedder(3, budget=2 * one)
+    shown = [str(embed.img_of(image)) for _ in range(3)]
+    assert ["<img" in each for each in shown] == [True, True, False]
+    assert (whole.left_out, embed.left_out) == (0, 1)
+
+
+def test_times_are_shown_longest_first_as_shares_of_the_longest(tmp_path: Path):
+    run = RunRecord(tmp_path, phases={"loading": 1.0, "encoding": 4.0}, evaluations=[{"seconds": 1.5}, {"step": 5}])
+    run.steps = [{"step": 1, "seconds": 0.5}, {"step": 2, "seconds": 1.5}]
+    assert times_of(run) == [
+        ("encoding", 1.0, "4.0 s"),
+        ("optimizer steps", 0.5, "2.0 s"),
+        ("evaluation", 0.375, "1.5 s"),
+        ("loading", 0.25, "1.0 s"),
+    ]
+    assert times_of(RunRecord(tmp_path)) == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
+
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import (
     Event,
@@ -120,3 +122,12 @@ def test_a_tracker_that_hangs_holds_up_neither_steps_nor_the_end_and_fills_no_me
     assert hangs.is_set()  # whoever had waited for it would be here after its 30 s
     release.set()
     assert notes.texts == ["mine did not end within 0.2 s; metrics.jsonl has everything"]
+
+
+@pytest.mark.parametrize(("start_step", "exit_code"), [(9, 1), (10, 0), (12, 0)])
+def test_a_run_of_which_nothing_is_left_did_not_fail(tmp_path: Path, start_step: int, exit_code: int):
+    """Of 10 steps; without its end, a run has failed."""
+    tracker = Recorder()
+    with EventBus([TrackerSink("mine", lambda: tracker)]) as bus:
+        bus.emit(started(tmp_path, start_step))
+    assert tracker.calls[-1] == ("finish", exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import ImagesMade, RunFinished, RunStarted, SavedImage
 from simpletuner.reporting.sinks import build_sinks
 from simpletuner.reporting.trackers.base import Tracker
+from simpletuner.reporting.trackers.custom import load_custom_tracker
 from tests.events import step_done
 
 PAGE = Path(simpletuner.__file__).parent.parent / "documentation" / "TRACKERS.md"
@@ -39,3 +41,14 @@ def test_a_tracker_of_the_first_version_gets_images_under_the_old_name() -> None
     seen: list[object] = []
     Old().log_images([], 3)
     assert seen == [([], 3)]
+
+
+def test_a_file_of_the_working_folder_hides_no_installed_package(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    installed = list(sys.path)
+    (tmp_path / "own_tracker_of_the_folder.py").write_text(
+        "from simpletuner.reporting.trackers.base import Tracker\nclass Own(Tracker): pass\n"
+    )
+    assert load_custom_tracker("own_tracker_of_the_folder:Own").__name__ == "Own"
+    assert sys.path == [*installed, str(tmp_path)]
