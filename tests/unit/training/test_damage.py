@@ -134,3 +134,21 @@ def test_the_only_one_that_is_damaged_is_not_counted(tmp_path):
     damage(folder_of(tmp_path, 4))
     with pytest.raises(ConfigError, match=r"is damaged: checkpoint-4: "):
         Checkpoints(tmp_path, None).choose("latest")
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-2"])
+def test_a_large_file_is_read_before_a_run_goes_on_from_it(tmp_path, wanted):
+    """A quick check of a folder leaves files above a mebibyte unread."""
+    for step in (1, 2):
+        with storage.commit_dir(tmp_path / f"checkpoint-{step}", {"global_step": step}) as folder:
+            storage.write_bytes(folder / "weights", bytes(2**20 + 1))
+    with (tmp_path / "checkpoint-2" / "weights").open("r+b") as file:
+        file.write(b"x")
+    checkpoints = Checkpoints(tmp_path, None)
+    if wanted == "latest":
+        path, [line] = checkpoints.choose(wanted)
+        assert path == tmp_path / "checkpoint-1"
+        assert line.startswith("checkpoint-2 is damaged")
+    else:
+        with pytest.raises(ConfigError, match="checkpoint-2 is damaged"):
+            checkpoints.choose(wanted)

@@ -213,6 +213,16 @@ def test_the_caption_is_the_first_and_one_reference_is_the_first_too():
     assert shown == THREE["b"]
 
 
+def test_losses_of_an_abandoned_branch_do_not_count(tmp_path):
+    history = RunHistory.new()
+    noted = {**history.mark.to_json(), "losses": {"1": 5.0, "2": 4.0, "3": 3.0}}
+    (tmp_path / "eval_losses.json").write_text(json.dumps(noted))
+    bus = EventBus([])
+    assert read_eval_history(tmp_path, history, bus) == {"1": 5.0, "2": 4.0, "3": 3.0}
+    assert read_eval_history(tmp_path, history.branched(2), bus) == {"1": 5.0, "2": 4.0}
+    assert read_eval_history(tmp_path, RunHistory.new(), bus) == {}
+
+
 DAMAGES = {"cut": '{"losses": {"1": 5', "other kind": "[]", "no number": '{"losses": {"1": "five"}}', "empty": ""}
 
 

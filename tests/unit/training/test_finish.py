@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from simpletuner.errors import DataError, Interrupted, Problem
 from simpletuner.reporting.events import Notice, RunFinished
 from simpletuner.training import finish, trainer
+from simpletuner.training.adapter_roundtrip import probe_dtype
 from simpletuner.training.finish import (
     costing_only,
     final_files,
@@ -183,3 +185,15 @@ def test_a_run_that_fails_gets_its_report_and_one_that_is_stopped_leaves_at_once
     with pytest.raises(type(error)):
         trainer.train(run.loaded)
     assert len(reports) == is_reported
+
+
+def test_a_file_is_as_exact_as_the_coarsest_of_base_and_adapter():
+    def probed(base: torch.dtype, *trained: torch.dtype) -> torch.dtype:
+        family = SimpleNamespace(dtype=base)
+        model: Any = SimpleNamespace(family=family, trainable=[torch.zeros(1, dtype=dtype) for dtype in trained])
+        return probe_dtype(model)
+
+    narrow, half, wide = torch.bfloat16, torch.float16, torch.float32
+    assert probed(wide, wide, wide) == wide
+    assert probed(wide, wide, narrow) == probed(narrow, wide) == probed(half, narrow) == narrow
+    assert probed(half, wide) == half

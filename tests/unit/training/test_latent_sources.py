@@ -13,10 +13,15 @@ from simpletuner.batch import Crop, Sample
 from simpletuner.cache.store import DamagedEntry
 from simpletuner.families.spec import FamilySpec
 from simpletuner.randomness import keyed_seed
+from simpletuner.reporting.bus import EventBus
+from simpletuner.reporting.events import Notice
 from simpletuner.training import latents, prompts
 from simpletuner.training.latents import DatasetLatents
+from simpletuner.training.process import Process
 from simpletuner.training.prompts import has_all_embeddings, keeps_references_of_dropped
+from simpletuner.training.signals import StopRequest
 from tests.configs import config_of
+from tests.toy import Recorder
 
 
 def sample(name: str, is_flipped: bool = False) -> Sample:
@@ -168,3 +173,30 @@ def test_other_rules_of_what_is_seen_with_a_prompt_are_other_texts_of_a_run(monk
     assert len({named(**rule) for rule in rules}) == 3
     assert named() == named(**dropping)  # a dropped caption has no references
     assert len({named(sees=False, **rule) for rule in rules}) == 1
+
+
+def test_a_set_of_which_an_image_cannot_be_encoded_is_not_noted_as_complete(tmp_path: Path, monkeypatch) -> None:
+    """The next start would not look for what cannot be encoded, and train on it."""
+    noted: list[int] = []
+    recorder = Recorder()
+    process = Process(output_dir=tmp_path, bus=EventBus([recorder]), stop=StopRequest())
+    for name, answer in {"KeptSamples": [1, 2, 3], "adopt_latents": 0, "set_fingerprint": "key"}.items():
+        monkeypatch.setattr(latents, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(latents, "without", lambda dataset, bad: bad)
+    dataset: Any = SimpleNamespace(parts=[SimpleNamespace(id="toys")])
+
+    def filled(*unusable: Any) -> Any:
+        report = SimpleNamespace(unusable=unusable, num_encoded=3, num_cached=2)
+        store = SimpleNamespace(complete=lambda key: None, note_complete=lambda key, count: noted.append(count))
+        cache = SimpleNamespace(store=store, fill=lambda *given: report)
+        source: Any = SimpleNamespace(cache=cache, images=SimpleNamespace(read_pixels=None), batch_size=1)
+        vae: Any = SimpleNamespace(load=None)
+        return latents.fill_caches(dataset, {"toys": source}, vae, tmp_path, process)
+
+    assert filled() is dataset
+    assert noted == [5]
+    assert filled(SimpleNamespace(sample=SimpleNamespace(path="a.png"), reason="no memory")) == {
+        ("toys", "a.png"): "no memory"
+    }
+    assert noted == [5]
+    assert recorder.of(Notice) == [Notice("warning", "toys: a.png is left out: no memory")]

@@ -13,7 +13,13 @@ import pytest
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.schedule import Schedule
 from simpletuner.errors import ConfigError
-from simpletuner.training.identity import compare_identity, differences, fixed_settings, option_changes
+from simpletuner.training.identity import (
+    compare_identity,
+    differences,
+    fixed_settings,
+    option_changes,
+    run_identity,
+)
 from simpletuner.training.progress import Progress
 from simpletuner.training.resuming import length_facts, resumed_length, resumed_progress, total_train_steps
 from tests.configs import config_of
@@ -123,6 +129,18 @@ def test_a_run_with_twice_the_batch_ends_at_the_epoch_that_is_asked_for(tmp_path
 def identity(**reported: Any) -> dict[str, Any]:
     fixed = {"optimizer": "adamw", "lycoris_config": {"algo": "lokr", "factor": 16}, "parameters": {"a.w": [4, 8]}}
     return {"fixed": fixed, "told": {"torch": "2.0", "processes": 1, "datasets": {}, "schedules": {}, **reported}}
+
+
+def test_all_that_orders_the_images_of_a_dataset_is_in_a_checkpoint(tmp_path: Path) -> None:
+    loaded = load_toy(tmp_path)
+
+    def schedule(**changed: Any) -> dict[str, Any]:
+        datasets: Any = [ToyDataset({"a": (1.0, 3.0)}, **changed)]
+        return run_identity(loaded, datasets, {}, 1)["told"]["schedules"]["toys"]
+
+    assert schedule() == schedule()
+    for changed in ({"repeats": 2}, {"batch_size": 4}, {"with_replacement": True}, {"schedule": Schedule(0.5)}):
+        assert schedule(**changed) != schedule(), changed
 
 
 def data(**images: tuple[int, str]) -> dict[str, Any]:

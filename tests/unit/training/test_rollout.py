@@ -176,6 +176,9 @@ def test_reflexflow_by_hand() -> None:
     # A mask that leaves the left column: the error is 4 / 2, and the masked prediction is zero, without a direction.
     mask = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     assert ReflexFlow(direction=1).losses(errors, prediction, target, mask, drift=drift).tolist() == [4.0]
+    prediction[0, 0, 0, 0] = 1.0  # what the mask leaves has the target's direction: its error alone counts, 1 / 2
+    errors = (prediction - target).square()
+    assert ReflexFlow().losses(errors, prediction, target, mask, drift=drift).tolist() == pytest.approx([0.5], abs=1e-5)
 
 
 def test_shares_follow_the_ramp() -> None:

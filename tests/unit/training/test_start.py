@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from simpletuner import storage
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
 from simpletuner.training.checkpoint import load_checkpoint
@@ -51,6 +54,15 @@ def test_going_back_begins_a_branch_and_says_so(tmp_path, trained):
     assert start.notices[-1] == f"goes back to checkpoint-2: a new branch of run {run_id} begins after step 2; {LATER}"
 
 
+def test_a_run_goes_back_where_only_its_final_weights_are_of_a_later_step(tmp_path, trained):
+    shutil.rmtree(tmp_path / "output/checkpoint-3")
+    assert not planned(tmp_path, "latest").moves
+    adapter = tmp_path / "output/pytorch_lora_weights.safetensors"
+    storage.save_tensors(adapter, {"weight": torch.zeros(1)}, {"global_step": "3"})
+    start = planned(tmp_path, "latest")
+    assert (start.step, start.is_own, start.moves) == (2, True, True)
+
+
 def test_the_checkpoint_of_another_folder_begins_a_run_of_its_own_at_its_step(tmp_path, trained):
     path, other = tmp_path / "output/checkpoint-2", tmp_path / "other"
     other.mkdir()
@@ -88,6 +100,7 @@ def test_another_rank_is_refused_with_both(tmp_path, trained):
 
 def test_what_lies_after_the_step_is_moved_and_the_record_of_eval_losses_is_cut(tmp_path, trained):
     output = tmp_path / "output"
+    (output / "dataset_report.json").write_text("[]")
     start = planned(tmp_path, str(tmp_path / "output/checkpoint-2"))
     run, _ = toy_run(tmp_path, ONE, **EACH)
     load_checkpoint(run, output / "checkpoint-2")
@@ -96,6 +109,7 @@ def test_what_lies_after_the_step_is_moved_and_the_record_of_eval_losses_is_cut(
     assert "earlier-runs" in line
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert [path.name for path in output.glob("earlier-runs/*/checkpoint-*")] == ["checkpoint-3"]
+    assert [path.parent.name for path in tmp_path.rglob("dataset_report.json")] == ["output"]  # the run's own still
     assert json.loads((output / "eval_losses.json").read_text())["losses"] == {"1": 0.5}
 
 
