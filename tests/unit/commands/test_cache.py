@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from simpletuner.cache.store import StoreStats
 from simpletuner.commands import cache
 from simpletuner.commands.check import gather
+from simpletuner.errors import bytes_text
 from tests.runs import dataset, load_here, write_images, write_run
 
 
@@ -162,3 +166,17 @@ def test_check_counts_what_another_name_has_encoded(folder):
     need = next(each.cache for each in found.datasets if each.dataset.id == "photographs")
     assert (need.num_present, need.num_missing, need.bytes_missing) == (7, 0, 0)
     assert not shards(folder, "photographs")  # nothing is written
+
+
+def test_a_file_with_two_names_takes_its_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [SimpleNamespace(path=tmp_path / name, label=name, datasets=(), quarantined=()) for name in "ab"]
+    for folder in folders:
+        folder.path.mkdir()
+        (folder.path / "shard-0.safetensors").write_bytes(bytes(3_000_000))
+    os.link(tmp_path / "a/shard-0.safetensors", tmp_path / "b/shard-1.safetensors")
+    store = SimpleNamespace(stats=lambda: StoreStats(1, 1, 3_000_000))
+    monkeypatch.setattr(cache, "_stores", lambda loaded, say: [(folder, store) for folder in folders])
+    monkeypatch.setattr(cache, "used_keys", lambda loaded: {})
+    said: list[str] = []
+    cache.stats(SimpleNamespace(), said.append)
+    assert f"{bytes_text(6_000_000)} in all" in said

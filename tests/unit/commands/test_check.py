@@ -9,14 +9,16 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simpletuner.commands.captions import check_captions
-from simpletuner.commands.check import check, gather
+from simpletuner.commands.check import Steps, check, count_steps, gather
 from simpletuner.commands.contact_sheet import wrapped
+from simpletuner.commands.remedies import _small_buckets
 from simpletuner.data.holdout import place_of
 from simpletuner.data.tiles import choose_images, spread
 from simpletuner.errors import DataError
@@ -286,3 +288,26 @@ def test_captions_that_a_filter_has_emptied_are_reported(tmp_path, omnigen_folde
     text, report = checked(folder)
     assert report["datasets"][0]["captions"]["num_empty"] == 1
     assert "1 caption left empty by caption_filter_list" in text
+
+
+def test_a_caption_that_just_fits_is_not_cut() -> None:
+    family = SimpleNamespace(
+        count_prompt_tokens=lambda texts: [len(text.split()) for text in texts], max_prompt_tokens=3
+    )
+    found = check_captions(["a b c", "a b c d", " ", "a b c"], family)
+    assert (found.num_captions, found.num_different, found.num_empty, found.counted) == (4, 3, 1, 4)
+    assert (found.tokens, found.num_cut, found.longest) == ((0, 3, 4), 1, "a b c d")
+
+
+def test_an_epoch_has_a_step_for_each_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 steps of 4 batches are 5 epochs of 8."""
+    monkeypatch.setattr("simpletuner.commands.check.total_train_steps", lambda options, sampler: 10)
+    sampler = SimpleNamespace(batches_in=lambda epoch: 8)
+    assert count_steps(SimpleNamespace(gradient_accumulation_steps=4), sampler) == Steps(8, 2.0, 10, 5.0)
+
+
+def test_a_size_that_its_repeats_fill_needs_no_remedy() -> None:
+    report = SimpleNamespace(buckets={(64, 64): 2, (64, 128): 1})
+    [line] = _small_buckets(SimpleNamespace(repeats=1, filter_report=report), 4)
+    assert line.startswith("1 size with fewer images than a batch of 4 (128x64: 1): repeats 3 fills it")
+    assert list(_small_buckets(SimpleNamespace(repeats=3, filter_report=report), 4)) == []

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters.files import apply_adapter_file
+from simpletuner.commands import export as exporting
 from simpletuner.commands.export import _kept_metadata, export_command, find_source
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.launch import family_of_export, family_of_model
@@ -153,3 +154,23 @@ def test_a_lock_of_another_form_is_named_and_no_crash(tmp_path: Path, lock: str)
     (tmp_path / "run.lock.json").write_text(lock)
     with pytest.raises(DataError, match=r"run\.lock\.json: (is damaged|cannot be read)"):
         _kept_metadata(SimpleNamespace(source=find_source(tmp_path), weights=SimpleNamespace(metadata={})))
+
+
+@pytest.mark.parametrize(("output", "words"), [(1.0, None), (2.0, "differs by 1,"), (float("nan"), "differs by nan")])
+def test_a_merged_model_that_answers_differently_or_not_at_all_is_refused(
+    output: float, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Family:
+        spec = device = dtype = prompts = None
+
+        def __init__(self, *given: object):
+            pass
+
+    monkeypatch.setattr(exporting, "_load", lambda family: None)
+    monkeypatch.setattr(exporting, "probe_output", lambda family, denoiser: torch.tensor([output]))
+    export = SimpleNamespace(family=Family(), reference=torch.ones(1), tolerance=1e-3, say=lambda line: None)
+    if words is None:
+        exporting._require_merged(export, tmp_path)
+    else:
+        with pytest.raises(DataError, match=words):
+            exporting._require_merged(export, tmp_path)

@@ -458,3 +458,26 @@ def test_the_last_block_is_never_planned_as_recomputed() -> None:
 def test_trained_weights_have_copies_in_16_bits_where_products_are(folder) -> None:
     found = rows(planning.make_plan(load_here(folder, "--mixed_precision=bf16", "--optimizer=adamw"), probe=False))
     assert 2 * found["16-bit copies of trained weights"] == found["trained weights"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "holdout", "kind", "is_kept"),
+    [(None, 5, "image", True), (True, 0, "eval", True), (False, 5, "eval", False), (None, 0, "image", False)],
+)
+def test_the_best_state_is_kept_unless_it_is_refused(keep: bool | None, holdout: int, kind: str, is_kept: bool) -> None:
+    options = SimpleNamespace(eval_holdout=holdout, has_interval=True, checkpoint_keep_best=keep)
+    run = SimpleNamespace(config=SimpleNamespace(evaluation=options), datasets=[SimpleNamespace(dataset_type=kind)])
+    assert planning.keeps_best(run) == is_kept
+    options.has_interval = False
+    assert not planning.keeps_best(run)
+
+
+def test_encoding_is_timed_per_image_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 s, then 2 s for four images."""
+    times = iter([0.0, 4.0, 4.0, 6.0])
+    seen: list[int] = []
+    monkeypatch.setattr(probe, "_now", lambda family: next(times))
+    encoder = SimpleNamespace(encode=lambda images: seen.append(len(images)))
+    monkeypatch.setattr(probe, "BatchEncoder", lambda family, vae, size: encoder)
+    assert probe.time_encoding(SimpleNamespace(load_vae=lambda: None), 8, 8, 4) == 0.5
+    assert seen == [4, 4]

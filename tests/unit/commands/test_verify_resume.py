@@ -87,11 +87,14 @@ def test_every_kind_of_difference_is_found(tmp_path: Path, spoil: Callable[[Path
     spoil(other)
     [found] = compare_runs(one, other).lines
     assert line in found
+    assert len(compare_runs(other, one).lines) == 1
 
 
 def test_what_lies_before_the_copied_step_is_not_compared(tmp_path: Path):
     one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", losses=(0.7, 0.25))
     assert compare_runs(one, other, start_step=1).lines == ()
+    other = make_run(tmp_path / "third", losses=(0.7, 0.3))
+    assert compare_runs(one, other, start_step=1).lines == ("the loss of step 2: 0.25 and 0.3",)
 
 
 def test_the_proof_keeps_evaluation_images_and_average_and_nothing_leaves_it(tmp_path: Path, omnigen_folder: Path):

@@ -116,3 +116,11 @@ def test_weights_that_a_checkpoint_or_an_optimizer_puts_in_place_are_seen_too(na
         torch.testing.assert_close(output(denoiser), training, rtol=0, atol=0)
     with averaged_weights(optimizer), undisturbed(denoiser, CPU, "bf16"):
         torch.testing.assert_close(averaged, output(denoiser), rtol=0, atol=0)
+
+
+def test_what_images_draw_moves_no_generator_of_training() -> None:
+    net = nn.Linear(1, 1)
+    before = torch.get_rng_state()
+    with undisturbed(net, CPU, "no"):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
