@@ -125,6 +125,8 @@ def test_a_file_is_remembered_when_it_is_older_than_the_tick_of_its_times(monkey
         return digests._has_settled(stat)
 
     assert [is_settled(age, 5) for age in (0.0, 0.04, 0.06)] == [False, False, True]
+    just_copied = SimpleNamespace(st_mtime=now - 99, st_ctime=now, st_mtime_ns=5)
+    assert not digests._has_settled(just_copied), "with the time of its source"
     # Whole seconds are a sign of coarse time stamps.
     assert [is_settled(age, 3_000_000_000) for age in (0.06, 1.9, 2.1)] == [False, False, True]
 

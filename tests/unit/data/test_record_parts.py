@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from simpletuner.config.datasets import ImageDataset
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.mixes import read_sources
+from simpletuner.data.record_parts import _share
 from simpletuner.data.sampler import Sampler
 from simpletuner.errors import ConfigError, DataError, Problem
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -309,3 +311,10 @@ def test_weights_of_numbers_of_references_decide_their_shares(folder: Path) -> N
 def test_weights_that_leave_no_row_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="have 1 references, which have weight 0"):
         build(folder, write_rows(folder / "rows.jsonl", row("b", "a")), reference_weights={0: 1.0, 1: 0.0})
+
+
+def test_numbers_of_references_that_no_row_has_take_no_share() -> None:
+    parted = {0: [None], 2: [None] * 5}
+    weighted = SimpleNamespace(reference_weights={0: 1.0, 1: 4.0, 2: 3.0})
+    assert [_share(0.5, weighted, parted, count) for count in (0, 2)] == [0.125, 0.375]
+    assert _share(0.6, SimpleNamespace(reference_weights=None), parted, 2) == pytest.approx(0.5)

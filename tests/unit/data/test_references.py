@@ -19,6 +19,7 @@ from simpletuner.config.datasets import ConditioningDataset, ImageDataset
 from simpletuner.data.buckets import BucketRules
 from simpletuner.data.conditioning import Partners, reference_rules
 from simpletuner.data.holdout import hold_out, place_of
+from simpletuner.data.reading import shown_content
 from simpletuner.data.references import ReferenceRules, plan_reference
 from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
@@ -213,3 +214,12 @@ def test_references_are_told_apart_by_folder_content_and_sizes() -> None:
     found = [fingerprint(), fingerprint("b"), fingerprint(content="y"), fingerprint(max_side=9)]
     found += [fingerprint(resolution=1.0), fingerprint(is_strict=True), fingerprint(stretches=True)]
     assert len(set(found)) == 7
+
+
+def test_what_is_shown_has_a_name_of_its_own_for_each_cut_and_mirrored() -> None:
+    kinds = [("a", 1, False), ("a", 1, True), ("a", 2, False), ("b", 1, False)]
+    names = {
+        shown_content(SimpleNamespace(digest=digest, crop=crop, is_flipped=mirrored))
+        for digest, crop, mirrored in kinds
+    }
+    assert len(names) == 4

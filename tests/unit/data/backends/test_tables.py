@@ -280,6 +280,12 @@ def test_a_table_that_cannot_serve_is_an_error_with_its_key(folder: Path, text: 
     assert "data.json: things." in str(caught.value)
 
 
+def test_what_is_read_of_a_table_is_part_of_its_identity(folder: Path) -> None:
+    text = "file_name,other,caption,long\na.png,b.png,one,two\n"
+    changes = [{}, {"caption_column": "long"}, {"caption_column": None}, {"path_column": "other"}]
+    assert len({csv(folder, text, **each).identity for each in changes}) == 4
+
+
 def test_a_table_in_another_encoding_is_an_error(folder: Path) -> None:
     (folder / "table.csv").write_bytes("file_name,caption\na.png,é\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"things\.csv_file"):

@@ -136,10 +136,15 @@ def test_no_file_outside_of_the_folder_gets_into_the_page(tmp_path: Path):
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
     sink = JsonlSink(run)
+    sink.handle(RunStarted("a cat", run, 40, 20))
     for path in (secret, run / ".." / "secret.png"):
         sink.handle(ImagesMade(20, (SavedImage(path, "secret", "s", 8, 8, 1, "live"),)))
+    shutil.copy(secret, run / "own.png")
+    sink.handle(ImagesMade(20, (SavedImage(run / "own.png", "own", "o", 8, 8, 1, "live"),)))
     sink.close()
-    assert "secret" not in Page(write_report(run)).text
+    text = Page(write_report(run)).text
+    assert "own (8x8)" in text
+    assert "secret" not in text
 
 
 def test_a_run_that_was_moved_keeps_its_images(tmp_path: Path):
