@@ -90,12 +90,12 @@ def test_the_proof_of_a_file_computes_the_live_output_in_exact_float32(
     probe = adapter_roundtrip.probe_output
 
     def watched(family: Any, denoiser: Any) -> Tensor:
-        seen.append(precisions())
+        seen.append((precisions(), denoiser.training))
         return probe(family, denoiser)
 
     monkeypatch.setattr(adapter_roundtrip, "probe_output", watched)
     train_here(write_run(tmp_path, omnigen_folder, max_train_steps=1))
-    assert seen[:2] == [{"ieee"}, {"ieee"}]
+    assert seen[:2] == [({"ieee"}, False)] * 2  # and dropout is off
     use_tf32(True)
     with exact_float32():
         assert precisions() == {"ieee"}

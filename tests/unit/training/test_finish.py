@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from simpletuner.errors import DataError, Interrupted, Problem
 from simpletuner.reporting.events import Notice, RunFinished
-from simpletuner.training import finish, trainer
+from simpletuner.training import adapter_roundtrip, finish, trainer
 from simpletuner.training.adapter_roundtrip import probe_dtype
 from simpletuner.training.finish import (
     costing_only,
@@ -197,3 +198,44 @@ def test_a_file_is_as_exact_as_the_coarsest_of_base_and_adapter():
     assert probed(wide, wide, wide) == wide
     assert probed(wide, wide, narrow) == probed(narrow, wide) == probed(half, narrow) == narrow
     assert probed(half, wide) == half
+
+
+class Proving:
+    """A family whose denoiser takes 80 bytes."""
+
+    spec = source = prompts = None
+    dtype = torch.float32
+
+    def __init__(self, *given: Any) -> None:
+        """The same everywhere."""
+
+    def empty_denoiser(self) -> nn.Module:
+        return nn.Linear(4, 4)
+
+    load_denoiser = empty_denoiser
+
+
+def test_a_file_is_proved_where_memory_holds_the_model_once_more_and_else_that_is_said(tmp_path, monkeypatch):
+    proved: list[Path] = []
+    monkeypatch.setattr(adapter_roundtrip, "check_saved_adapter", lambda path, *given: proved.append(path))
+    run, recorder = toy_run(tmp_path, ONE)
+    model: Any = SimpleNamespace(family=Proving(), denoiser=nn.Linear(4, 4), trainable=[torch.zeros(1)])
+    for free in (119, 121):  # one and a half times 80 are 120
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(adapter_roundtrip.psutil, "virtual_memory", lambda memory=memory: memory)
+        reference = adapter_roundtrip.LiveOutput(torch.zeros(1), torch.zeros(1))
+        adapter_roundtrip.prove_adapter(model, run.session, Path(f"of-{free}"), reference)
+    assert proved == [Path("of-121")]
+    [notice] = recorder.of(Notice)
+    assert notice.text.startswith("of-119 was not checked on a fresh model")
+
+
+def test_an_average_of_an_earlier_end_is_moved_aside_where_none_is_kept_now(tmp_path, monkeypatch):
+    for name in ("save_adapter", "save_model"):
+        monkeypatch.setattr(finish, name, lambda run, folder: folder / "weights")
+    run, _ = toy_run(tmp_path, ONE)
+    (tmp_path / "output" / "ema").mkdir()
+    (tmp_path / "output" / "ema" / "weights").write_text("an average")
+    finish.save_weights(run)
+    assert not (tmp_path / "output" / "ema").exists()
+    assert [path.read_text() for path in tmp_path.glob("output/earlier-runs/*/ema/weights")] == ["an average"]
