@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.config.discovery import ConfigSource, find_config
 from simpletuner.config.loading import load_run
 from simpletuner.config.options import all_options
 from simpletuner.config.reference import resolved_text
@@ -250,8 +251,8 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
     workspace.environment = {"CONFIG_PATH": "elsewere/mine.json"}  # codespell:ignore
     assert 'did you mean "elsewhere/mine.json"?' in workspace.fails().render()
     (workspace.root / "elsewhere/mine.json").rename(workspace.root / "elsewhere/mine.txt")
-    workspace.environment = {"CONFIG_PATH": "elsewhere/mine.txt", "CONFIG_BACKEND": "json"}
-    assert workspace.load().config.training.seed == 13
+    chosen = {"CONFIG_PATH": "elsewhere/mine.txt", "CONFIG_BACKEND": "toml"}
+    assert find_config(chosen, workspace.root) == ConfigSource(workspace.root / "elsewhere/mine.txt", "toml")
     workspace.environment = {"CONFIG_BACKEND": "cmd"}
     arguments = [f"--{key}={value}" for key, value in workspace.config.items()]
     assert workspace.load(*arguments, "--seed=14").config.training.seed == 14
