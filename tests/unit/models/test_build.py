@@ -251,3 +251,14 @@ def test_a_plan_counts_a_vae_that_decodes_in_tiles_with_less_memory(omnigen_fold
     whole = family_of_model(str(omnigen_folder), "omnigen")
     tiled = family_of_model(str(omnigen_folder), "omnigen", vae_enable_tiling=True)
     assert decode_bytes(tiled, 512, 512) < decode_bytes(whole, 512, 512)
+
+
+def test_a_family_reads_prompts_and_encodes_images_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "pick_device", lambda: torch.device("cpu"))
+    prompts = {"clip_skip": 2, "force_zeros_for_empty_prompt": False, "tokenizer_max_length": 152}
+    family = build.build_family(config_of(model_family="sdxl", vae_enable_tiling=True, **prompts))
+    assert (family.clip_skip, family.force_zeros_for_empty_prompt, family.prompt_length) == (2, False, 152)
+    assert family.vae_modes == ("tiling",)
+    plain = build.build_family(config_of(model_family="sdxl"))
+    assert plain.prompt_settings == {}
+    assert plain.vae_modes == ()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -16,8 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from simpletuner.errors import DataError
+from simpletuner.families.registry import get_spec
 from simpletuner.models import components, hub_connectivity
-from simpletuner.models.components import fetch, nearest_hub_id
+from simpletuner.models.components import ModelSource, component_folder, fetch, load_component, nearest_hub_id
 from tests.hub import fake_hub
 
 RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
@@ -93,3 +96,25 @@ def test_a_lost_connection_is_among_the_failures_of_the_hub(monkeypatch: pytest.
     without_network(monkeypatch)
     with pytest.raises(hub_connectivity.hub_failures()):
         HfApi(endpoint="http://127.0.0.1:9", token="x").whoami()
+
+
+def test_every_part_is_of_the_revision_that_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = ModelSource("owner/model", revision="v2", variant="fp16")
+    parts = {part.name: part for part in get_spec("sd15").components}
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def fetched(where: str, **options: Any) -> str:
+        asked.append((where, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    monkeypatch.setattr(components, "load_pretrained", lambda cls, where, **options: fetched(where, **options))
+    assert component_folder(source, parts["tokenizer"]) == tmp_path / "tokenizer"
+    load_component(source, parts["vae"], torch.float32)
+    assert asked == [
+        ("owner/model", {"revision": "v2", "allow_patterns": ["tokenizer/*"]}),
+        (
+            "owner/model",
+            {"torch_dtype": torch.float32, "subfolder": "vae", "revision": "v2", "variant": "fp16"},
+        ),
+    ]

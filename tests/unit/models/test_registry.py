@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -151,3 +153,15 @@ def test_a_flavour_has_the_name_that_it_is_listed_by():
     assert "3-medium" in spec.flavours
     with pytest.raises(ValueError, match="listed as"):
         dataclasses.replace(spec, flavours={"3": spec.flavours["3-medium"]}, default_flavour="3")
+
+
+def test_of_two_packages_with_one_family_the_first_by_name_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(package: str) -> Any:
+        return SimpleNamespace(name="elsewhere", value=package, dist=SimpleNamespace(name=package, version="1"))
+
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry("b"), entry("a"), entry("c")])
+    registry.plugins.cache_clear()
+    try:
+        assert {name: each.value for name, each in registry.plugins().items()} == {"elsewhere": "a"}
+    finally:
+        registry.plugins.cache_clear()

@@ -253,3 +253,18 @@ def test_a_device_that_cannot_is_named_with_a_way_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr("simpletuner.precision.quanto.QuantoBytes.pack", cannot)
     with pytest.raises(ConfigError, match=r"(?s)fp8-quanto does not work on cpu.*no float8.*int8-torchao"):
         require_device(NumberFormats("fp8-quanto"), torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_packed_layer_trains_nothing_and_the_name_of_a_format_may_ask_for_products_in_8_bits() -> None:
+    packed = [QuantizedLinear(layer(), get_format(name)) for name in ("int8-torchao", "int8dq-torchao")]
+    assert [each.bias is not None and each.bias.requires_grad for each in packed] == [False, False]
+    assert [each.is_in_8_bits for each in packed] == [False, True]
+
+
+def test_a_format_whose_backward_pass_fails_is_refused_before_a_model_is_loaded(monkeypatch) -> None:
+    def fail(self: QuantizedLinear, *given: object) -> Tensor:
+        raise NotImplementedError("no such product")
+
+    monkeypatch.setattr(QuantizedLinear, "gradient", fail)
+    with pytest.raises(ConfigError, match="int8-quanto does not work on cpu here: no such product"):
+        require_device(NumberFormats("int8-quanto"), torch.device("cpu"), torch.float32)
