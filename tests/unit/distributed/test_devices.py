@@ -71,13 +71,15 @@ def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.Mon
         assert events == ["barrier"] * before + ["load"] + ["barrier"] * (3 - before)
 
 
-@pytest.mark.parametrize(("available", "waits"), [(1, True), (1 << 50, False)])
+@pytest.mark.parametrize(("available", "waits"), [(299, True), (300, False)])
 def test_turns_are_taken_where_main_memory_does_not_hold_all(
     available: int, waits: bool, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two processes read 100 bytes each, and each takes half as much again."""
     loaded = load_here(write_run(tmp_path, omnigen_folder))
     monkeypatch.setattr(ProcessGroup, "gather", lambda self, value: [0, 1])
     monkeypatch.setattr(ProcessGroup, "any", lambda self, flag: flag)
+    monkeypatch.setattr(device_placement, "denoiser_bytes", lambda *given: 100)
     monkeypatch.setattr(device_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     assert device_placement.must_take_turns(loaded.config, build_family(loaded.config), ProcessGroup(0, 2, 0)) is waits
     assert not device_placement.must_take_turns(loaded.config, build_family(loaded.config), ProcessGroup())
