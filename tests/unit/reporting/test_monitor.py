@@ -288,7 +288,7 @@ def test_other_sites_are_kept_out() -> None:
         assert ask(server, "GET", "/", Host="evil.example")[0] == 421
         assert ask(server, "POST", "/", good, Host="evil.example:80")[0] == 421
         assert ask(server, "GET", "/stream", Sec_Fetch_Site="cross-site")[0] == 403
-        assert ask(server, "GET", "/stream", Sec_Fetch_Site="same-site")[0] == 403, "another port of this computer"
+        assert ask(server, "GET", "/monitor.js", Sec_Fetch_Site="same-site")[0] == 403, "another port of this computer"
         assert ask(server, "GET", "/monitor.js", Sec_Fetch_Site="same-origin")[0] == 200
         assert ask(server, "POST", "/", good, Sec_Fetch_Site="cross-site")[0] == 403
         assert ask(server, "POST", "/", good, Content_Type="text/plain")[0] == 415
