@@ -54,8 +54,11 @@ def faults_of(round_number: int, operations: Sequence[Operation], by_site: bool)
 
 def main() -> None:
     settings = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
-    by_site = "sites" in sys.argv[1:]
-    names = [word for word in sys.argv[1:] if word in FAULTS] or list(FAULTS)
+    words = {word for word in sys.argv[1:] if "=" not in word}
+    if unknown := words - {"sites", *FAULTS}:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; known: sites, {', '.join(FAULTS)}")
+    by_site = "sites" in words
+    names = [name for name in FAULTS if name in words] or list(FAULTS)
     first, _, last = settings.get("rounds", f"0-{len(REFUSALS)}").partition("-")
     tried, wrong = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(dir=memory_folder()) as name:
