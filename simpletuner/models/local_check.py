@@ -1,4 +1,4 @@
-"""What is wrong with a model, told before anything of it is loaded.
+"""What is wrong with a model, reported before anything of it is loaded.
 
 A mistake in a path, a part that a folder lacks or a model of another family would otherwise show after minutes.
 """

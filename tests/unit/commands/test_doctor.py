@@ -63,7 +63,7 @@ def test_extras_are_distinguished_from_what_developers_need():
     assert "'.[cuda]'" in line
     [line] = [finding.line() for finding in look_at_extras(REQUIREMENTS, {"bitsandbytes": "0.49.2"}.get)]
     assert line.endswith("complete: cuda")
-    asked = [*REQUIREMENTS, "everywhere>=1; python_version >= '3'"]  # of the base, whose lack is told there
+    asked = [*REQUIREMENTS, "everywhere>=1; python_version >= '3'"]  # of the base: look_at_versions reports it
     [line] = [finding.line() for finding in look_at_extras(asked, {"bitsandbytes": "0.49.2"}.get)]
     assert line.endswith("complete: cuda")
     assert "everywhere is missing" in look_at_versions(asked, {"torch": "2.13.0", "rich": "15"}.get).text

@@ -308,11 +308,11 @@ def test_a_process_that_leaves_without_a_word_is_reported_unless_a_signal_came(m
 
 
 def test_who_asks_where_a_run_is_does_not_ask_it_to_stop():
-    told, before = [], signal.getsignal(signal.SIGUSR1)
-    process = SimpleNamespace(poll=lambda: None, send_signal=told.append)
+    forwarded, before = [], signal.getsignal(signal.SIGUSR1)
+    process = SimpleNamespace(poll=lambda: None, send_signal=forwarded.append)
     with launcher._forwarded_signals([process]) as received:
         signal.raise_signal(signal.SIGUSR1)
-        assert (told, received) == ([signal.SIGUSR1], [])
+        assert (forwarded, received) == ([signal.SIGUSR1], [])
         signal.raise_signal(signal.SIGTERM)
-        assert (told, received) == ([signal.SIGUSR1, signal.SIGTERM], [signal.SIGTERM])
+        assert (forwarded, received) == ([signal.SIGUSR1, signal.SIGTERM], [signal.SIGTERM])
     assert signal.getsignal(signal.SIGUSR1) == before
