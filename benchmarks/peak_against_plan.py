@@ -119,9 +119,9 @@ def train_measured(folder: Path) -> None:
     """Print how much each step of the run takes over what was held before it, as JSON."""
     import ctypes
 
+    from simpletuner.allocation import give_back_at_once
     from simpletuner.config.loading import load_run
     from simpletuner.training import loop, trainer
-    from simpletuner.training.memory import give_back_at_once
 
     give_back_at_once()
     libc, step, taken = ctypes.CDLL(None), loop.train_window, []

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from simpletuner import __version__
+from simpletuner.allocation import keep_freed_memory
 from simpletuner.cli.shared import LOG_LEVEL, app, print_to_stderr
 from simpletuner.disk import disk_error
 from simpletuner.errors import EXIT_INTERRUPTED, ConfigError, Problem, SimpleTunerError
@@ -21,6 +22,7 @@ from simpletuner.quiet import hide_needless_lines
 def main() -> None:
     """Run the command line; errors that a user can fix print without a traceback."""
     hide_needless_lines()
+    keep_freed_memory()
     try:
         require_system(sys.platform)
         app()

@@ -1,26 +1,14 @@
-"""How much memory a run takes, and that what is freed goes back to the system."""
+"""How much memory a run takes, and the limit that it keeps."""
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 from pathlib import Path
 
 import torch
 
-_M_MMAP_THRESHOLD = -3  # of glibc's `mallopt`
-_LARGE = 1 << 20
-
-
-def give_back_at_once() -> None:
-    """Let glibc map each large piece of memory by itself, so that it goes back to the system when it is freed.
-
-    Otherwise it keeps pieces of up to 32 MB, and a step on the CPU takes up to four times what its tensors take.
-    Elsewhere nothing is done.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+from simpletuner.allocation import give_back_at_once
 
 
 def keep_within(num_bytes: int, device: torch.device) -> None:

@@ -391,6 +391,20 @@ def test_latents_are_normalized_as_the_vae_of_the_pipeline_expects(family: Model
     assert next(vae.parameters()).dtype == torch.float32
 
 
+def test_on_the_cpu_the_vae_has_the_layout_of_its_kernels_and_gives_the_same_moments(family: ModelFamily):
+    vae, pixel_values = family.load_vae(), randn(1, 3, 64, 64).clamp(-1, 1)
+    kernels = [p for p in vae.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    is_video = any(p.ndim == 5 for p in vae.parameters())
+    assert all(p.is_contiguous(memory_format=torch.channels_last) != is_video for p in kernels)
+    [found] = family.encode_images(vae, pixel_values)
+    [expected] = family.encode_images(vae.to(memory_format=torch.contiguous_format), pixel_values)
+    for tensor, same in ((found.mean, expected.mean), (found.std, expected.std)):
+        assert (tensor is None) == (same is None)
+        if tensor is not None:
+            assert tensor.is_contiguous()  # safetensors writes no other
+            torch.testing.assert_close(tensor, same, rtol=1e-4, atol=1e-5)
+
+
 def test_a_draw_from_the_posterior_has_its_mean_and_deviation(family: ModelFamily):
     mean, std = torch.full((4, 64, 64), 3.0), torch.full((4, 64, 64), 0.5)
     config = {"scaling_factor": 0.5, "shift_factor": 1.0}
