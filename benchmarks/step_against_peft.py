@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from simpletuner.activation_memory.modules import ActivationMemory, set_activation_memory
 from simpletuner.adapters.lora import LoraSettings, attach_lora
+from simpletuner.allocation import keep_freed_memory
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
@@ -180,6 +181,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.lowest and "omnigen" in arguments.families:
         parser.error("--lowest is for the families of random_families.MEDIUM")
     arguments.families = arguments.families or [*MEDIUM, *([] if arguments.lowest else ["omnigen"])]
+    keep_freed_memory()  # as the program does at its start
     torch.set_num_threads(arguments.threads)
     rows = {}
     pixels, level = arguments.pixels, arguments.activation_memory

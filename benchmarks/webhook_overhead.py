@@ -161,6 +161,7 @@ class Trainer:
         from simpletuner.reporting.events import SavedImage
         from simpletuner.training.build import build_run
         from simpletuner.training.process import Process
+        from simpletuner.training.run_history import FolderGuard
         from simpletuner.training.signals import StopRequest
 
         self.folder = folder
@@ -176,7 +177,7 @@ class Trainer:
         given = [f"--{key}={value}" for key, value in arguments.items()]
         loaded = load_run(given, {"CONFIG_PATH": str(example_config())}, folder)
         (folder / "output").mkdir()
-        self.run = build_run(loaded, Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest()))
+        self.run = build_run(loaded, Process(guard=FolderGuard(folder / "output"), bus=EventBus(), stop=StopRequest()))
         self.run.model.denoiser.train()
         path = folder / "picture.png"
         Image.effect_noise((1024, 1024), 90).convert("RGB").save(path)

@@ -38,6 +38,7 @@ from simpletuner.training.loss_scale import LossScale
 from simpletuner.training.progress import Progress
 from simpletuner.training.resuming import total_train_steps
 from simpletuner.training.run import Model, Run, Session
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from tests.unit.config.conftest import FAMILY, Workspace
 
@@ -300,7 +301,7 @@ def toy_run(
         ),
         progress=Progress(loss_scale=LossScale.of(config.precision.mixed_precision)),
         session=Session(
-            output_dir=folder / "output",
+            guard=FolderGuard(folder / "output"),
             bus=EventBus([recorder]),
             stop=StopRequest(),
             process_group=process_group,

@@ -28,6 +28,7 @@ from simpletuner.training.preflight import check_model_folder
 from simpletuner.training.prepare import prepare_data, prepare_datasets, read_datasets
 from simpletuner.training.process import Process
 from simpletuner.training.prompts import open_prompt_cache, prompts_folder, run_prompts
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 
 CAPTIONS = "captions"  # who uses the folder of prompt embeddings, where datasets are named
@@ -86,7 +87,7 @@ def build(loaded: LoadedRun) -> None:
     output_dir = Path(loaded.config.checkpoint.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with EventBus([terminal_sink()]) as bus, StopRequest() as stop:
-        process = Process(output_dir=output_dir, bus=bus, stop=stop)
+        process = Process(guard=FolderGuard(output_dir), bus=bus, stop=stop)
         for line in loaded.warnings:
             process.warn(line)
         family = build_family(loaded.config)

@@ -323,9 +323,11 @@ def resume(run: Run, start: Start) -> None:
         elif start.is_own:
             noted = process_group.from_main(read_eval_history(run.session.output_dir, start.history, run.session.bus))
             run.progress.eval_losses |= losses_from_json(noted, until=run.progress.global_step)
-    reported = begin_in_folder(run, start) if process_group.is_main else []
+    reported: list[str] = []
     if process_group.is_main:
-        run.session.guard.require()  # watches the folder from here on
+        run.session.guard.require()
+        reported = begin_in_folder(run, start)
+        run.session.guard.note_history()
         if path is not None and is_evaluated_anew:
             evaluate_anew(run, path)
         restore_best(run)

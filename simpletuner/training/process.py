@@ -10,6 +10,7 @@ from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training.phases import Phase, phase
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 
 
@@ -18,13 +19,18 @@ class Process:
     """What the parts of a run share, from the reading of its data on.
 
     Args:
+        guard: of the output folder, made while its lock is held: from then on it is the run's.
         process_group: the processes of the run.
     """
 
-    output_dir: Path
+    guard: FolderGuard
     bus: EventBus
     stop: StopRequest
     process_group: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def output_dir(self) -> Path:
+        return self.guard.output_dir
 
     def inform(self, text: str) -> None:
         """Log one line."""

@@ -32,7 +32,6 @@ from simpletuner.training.objective import Objective, build_objective
 from simpletuner.training.process import Process
 from simpletuner.training.progress import Progress
 from simpletuner.training.rollout import Rollouts, build_rollouts
-from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.zeros import ZeroWatch
 from simpletuner.validation.external import ExternalScript
 from simpletuner.validation.validator import Validator
@@ -82,11 +81,6 @@ class Session(Process):
     cache_dir: Path
     checkpoints: Checkpoints
     pauses_on_full_disk: bool = False
-
-    @cached_property
-    def guard(self) -> FolderGuard:
-        """Notices that the output folder was renamed or deleted."""
-        return FolderGuard(self.output_dir)
 
 
 @dataclass

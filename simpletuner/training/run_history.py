@@ -118,7 +118,7 @@ class FolderGuard:
     again silently, and what goes there is then lost to the run.
 
     Args:
-        output_dir: with its `run_history.json`.
+        output_dir: as it is now.
     """
 
     def __init__(self, output_dir: Path):
@@ -127,12 +127,16 @@ class FolderGuard:
         self._place: tuple[int, int] | None = None
         self._place = self._look()
 
+    def note_history(self) -> None:
+        """Know the folder by the history that the run has written into it."""
+        self._history = read_run_history(self.output_dir)
+
     def is_there(self) -> bool:
         """Whether the folder is the one that the run began in."""
         place = self._look()
         is_new = place is not None and place != self._place
-        if is_new and read_run_history(self.output_dir) == self._history:  # some network file systems renumber
-            self._place = place
+        if is_new and self._history is not None and read_run_history(self.output_dir) == self._history:
+            self._place = place  # some network file systems renumber
         return place == self._place
 
     def require(self) -> None:

@@ -29,6 +29,7 @@ from simpletuner.training.phases import phase
 from simpletuner.training.process import Process
 from simpletuner.training.report import report_run
 from simpletuner.training.run import Run, Session
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 
 
@@ -56,7 +57,7 @@ def train(loaded: LoadedRun) -> None:
         )
         publisher = build_publisher(loaded, stop) if process_group.is_main else None
         bus = stack.enter_context(EventBus([*sinks, publisher] if publisher else sinks))
-        process = Process(output_dir=output_dir, bus=bus, stop=stop, process_group=process_group)
+        process = Process(guard=FolderGuard(output_dir), bus=bus, stop=stop, process_group=process_group)
         run: Run | None = None
         try:
             stack.enter_context(chosen_kernels(loaded.config, pick_device()))

@@ -28,6 +28,7 @@ from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.process import Process
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from tests.runs import dataset, load_here, run_forked, slow_but, write_images, write_run
 
@@ -67,7 +68,7 @@ def read(folder: Path, cache_dir: str = "cache") -> tuple[Dataset, dict[str, Ten
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
     family = build_family(loaded.config)
     (folder / "output").mkdir(exist_ok=True)
-    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    process = Process(guard=FolderGuard(folder / "output"), bus=EventBus(), stop=StopRequest())
     [each], sources = prepare_data(loaded, family, process)
     samples = list(each.samples)
     latents = sources[each.id].latents(samples)
@@ -194,7 +195,7 @@ def read_references(folder: Path, cache_dir: str = "cache") -> list[Tensor]:
     """The latents of the references of all images, in their order."""
     loaded = load_here(folder, f"--cache_dir={cache_dir}")
     (folder / "output").mkdir(exist_ok=True)
-    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    process = Process(guard=FolderGuard(folder / "output"), bus=EventBus(), stop=StopRequest())
     [each], sources = prepare_data(loaded, build_family(loaded.config), process)
     return [sources["sources"].latents(sample.references)[0] for sample in each.samples]
 
@@ -341,7 +342,7 @@ def test_latents_that_are_encoded_on_demand_are_written_where_the_dataset_says_s
     loaded = load_here(folder)
     family = build_family(loaded.config)
     (folder / "output").mkdir(exist_ok=True)
-    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    process = Process(guard=FolderGuard(folder / "output"), bus=EventBus(), stop=StopRequest())
     [each], sources = prepare_data(loaded, family, process)
     assert len(sources[each.id].latents(list(each.samples))) == COUNT
     sources[each.id].close()

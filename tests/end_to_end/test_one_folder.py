@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.report.record import read_run
-from simpletuner.training import evaluate, loop
+from simpletuner.training import build, evaluate, loop
 from tests.runs import dataset, metrics, slow_but, train_here, write_images, write_run
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "run_without_identity.tar.xz"
@@ -209,6 +209,39 @@ def test_output_dir_that_is_renamed_under_a_run_ends_it_at_the_next_write(
     assert not (tmp_path / "output").exists()
     (tmp_path / "renamed").rename(tmp_path / "output")
     assert "resumed checkpoint-2: step 2 of 4" in notices(train_here(folder))
+
+
+def test_output_dir_that_is_replaced_while_images_are_encoded_is_not_begun_in(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_run(tmp_path, omnigen_folder, **QUICK)
+    prepare = build.prepare_data
+
+    def replace(loaded: Any, family: Any, process: Any, *rest: Any) -> Any:
+        found = prepare(loaded, family, process, *rest)
+        process.output_dir.rename(tmp_path / "renamed")
+        process.output_dir.mkdir()
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "prepare_data", replace)
+        with pytest.raises(DataError, match="renamed, deleted or replaced"):
+            train_here(folder)
+    assert not (tmp_path / "output" / "run_history.json").exists()
+
+
+def test_a_fresh_run_goes_on_where_a_network_disk_numbers_its_folders_anew(
+    tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_run(tmp_path, omnigen_folder, **QUICK)
+    report = loop.report_step
+
+    def number_anew(run: Any, *arguments: Any) -> None:
+        report(run, *arguments)
+        run.session.guard._place = (0, 0)
+
+    monkeypatch.setattr(loop, "report_step", number_anew)
+    assert (train_here(folder) / "checkpoint-4").is_dir()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from simpletuner.models.build import build_family
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training.prepare import prepare_data
 from simpletuner.training.process import Process
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from tests.runs import dataset, load_here, metrics, slow_but, train_here, write_images, write_run
 from tests.tiny_auraflow import tiny_auraflow_folder
@@ -69,7 +70,7 @@ def embeds(folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
     loaded = load_here(folder, *arguments)
     family = build_family(loaded.config)
     (folder / "output").mkdir(exist_ok=True)
-    process = Process(output_dir=folder / "output", bus=EventBus(), stop=StopRequest())
+    process = Process(guard=FolderGuard(folder / "output"), bus=EventBus(), stop=StopRequest())
     [each], _ = prepare_data(loaded, family, process)
     captions = [caption for sample in each.samples for caption in sample.captions]
     rows = family.prompts.embeds(captions)
@@ -247,7 +248,7 @@ def test_a_prompt_that_nobody_foresaw_is_encoded_reported_and_kept(folder):
     (folder / "output").mkdir()
     recorder = Recorder()
     with EventBus([recorder]) as bus:
-        prepare_data(loaded, family, Process(output_dir=folder / "output", bus=bus, stop=StopRequest()))
+        prepare_data(loaded, family, Process(guard=FolderGuard(folder / "output"), bus=bus, stop=StopRequest()))
         [first] = family.prompts.embeds(["nobody wrote this"])
         [again] = family.prompts.embeds(["nobody wrote this"])
     family.prompts.close()

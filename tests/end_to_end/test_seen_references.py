@@ -131,13 +131,14 @@ def test_a_dropped_caption_is_encoded_with_references_only_where_it_may_keep_the
 ) -> None:
     from simpletuner.reporting.bus import EventBus
     from simpletuner.training.process import Process
+    from simpletuner.training.run_history import FolderGuard
     from simpletuner.training.signals import StopRequest
 
     loaded = load_here(write(tmp_path, model, validation_disable=True, **options))
     family = build_family(loaded.config)
     (tmp_path / "output").mkdir()
     datasets = prepare_datasets(
-        loaded, family, Process(output_dir=tmp_path / "output", bus=EventBus(), stop=StopRequest())
+        loaded, family, Process(guard=FolderGuard(tmp_path / "output"), bus=EventBus(), stop=StopRequest())
     )
     wanted = list(run_prompts(loaded, family, datasets))
     assert len([each for each in wanted if each.images]) == count

@@ -37,6 +37,7 @@ from simpletuner.training.planning.settings import (
 from simpletuner.training.planning.shapes import BackwardPeaks, PeakBytes, empty_batch, num_bytes
 from simpletuner.training.prepare import read_datasets
 from simpletuner.training.process import Process
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from simpletuner.training.step import compute_losses
 from tests.runs import dataset, load_here, metrics, train_here, weights_of, write_images, write_run
@@ -310,7 +311,7 @@ def test_a_run_gets_what_was_chosen_and_torch_is_kept_within_the_limit(
     monkeypatch.setattr(fitting, "keep_within", lambda limit, device: limits.append((limit, device.type)))
     recorder = Recorder()
     family: Any = SimpleNamespace(device=torch.device("cpu"))
-    process = Process(output_dir=tmp_path, bus=EventBus([recorder]), stop=StopRequest())
+    process = Process(guard=FolderGuard(tmp_path), bus=EventBus([recorder]), stop=StopRequest())
     fitted, limit = fitting.fit_into_memory(loaded, family, [], process)
     assert limit == 1000
     assert limits == [(1000, "cpu")]

@@ -19,6 +19,7 @@ from simpletuner.training import latents, prompts
 from simpletuner.training.latents import DatasetLatents
 from simpletuner.training.process import Process
 from simpletuner.training.prompts import has_all_embeddings, keeps_references_of_dropped
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from tests.configs import config_of
 from tests.toy import Recorder
@@ -179,7 +180,7 @@ def test_a_set_of_which_an_image_cannot_be_encoded_is_not_noted_as_complete(tmp_
     """The next start would not look for what cannot be encoded, and train on it."""
     noted: list[int] = []
     recorder = Recorder()
-    process = Process(output_dir=tmp_path, bus=EventBus([recorder]), stop=StopRequest())
+    process = Process(guard=FolderGuard(tmp_path), bus=EventBus([recorder]), stop=StopRequest())
     for name, answer in {"KeptSamples": [1, 2, 3], "adopt_latents": 0, "set_fingerprint": "key"}.items():
         monkeypatch.setattr(latents, name, lambda *given, answer=answer: answer)
     monkeypatch.setattr(latents, "without", lambda dataset, bad: bad)

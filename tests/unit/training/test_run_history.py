@@ -303,6 +303,23 @@ def test_a_folder_that_is_renamed_or_replaced_is_noticed(tmp_path: Path, event: 
         guard.require()
 
 
+def test_a_folder_without_a_history_that_is_replaced_is_noticed_until_one_is_written(tmp_path: Path):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    guard = FolderGuard(folder)
+    folder.rename(tmp_path / "renamed")
+    folder.mkdir()
+    assert not guard.is_there()
+    (tmp_path / "renamed").rename(folder)
+    storage.write_json(folder / "run_history.json", HISTORY.to_json())
+    guard.note_history()
+    folder.rename(tmp_path / "renamed")
+    folder.mkdir()
+    assert not guard.is_there()
+    storage.write_json(folder / "run_history.json", HISTORY.to_json())
+    assert guard.is_there()  # a network that numbers its folders anew shows the same history
+
+
 @pytest.mark.parametrize("what", ["file", "dangling link", "link to another disk"])
 def test_earlier_runs_that_is_no_folder_of_this_disk_is_refused_before_anything_is_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
