@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
 from simpletuner.activation_memory.recompute import computing_dtype, exact_dtypes, is_worth_it
 
@@ -25,6 +24,7 @@ class _FrozenConv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.layer, ctx.shape = layer, x.shape
+        ctx.is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         with exact_dtypes(x.device.type):
             return layer._conv_forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -33,14 +33,25 @@ class _FrozenConv2d(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         layer = ctx.layer
+        # Its values are not read, but the gradient gets its layout: of another than the input's, each product with it
+        # is several times slower.
+        x = (
+            torch.empty_like(gradient.new_empty(1).expand(ctx.shape), memory_format=torch.channels_last)
+            if ctx.is_channels_last
+            else gradient.new_empty(1).expand(ctx.shape)
+        )
         with exact_dtypes(gradient.device.type):
-            to_x = conv2d_input(
-                ctx.shape,
-                weight.to(gradient.dtype),
+            to_x, _, _ = torch.ops.aten.convolution_backward(
                 gradient,
+                x,
+                weight.to(gradient.dtype),
+                None,
                 layer.stride,
                 layer.padding,
                 layer.dilation,
+                False,
+                [0, 0],
                 layer.groups,
+                (True, False, False),
             )
         return to_x, None, None, None

@@ -24,7 +24,7 @@ from simpletuner.training.kernels import attention_kernel, compile_blocks
 from simpletuner.training.planning.shapes import empty_batch
 from simpletuner.training.step import compute_losses, sample_noise
 from simpletuner.training.swapping import SwappedBlocks, repeated_blocks
-from tests.runs import load_here, metrics, train_here, write_run
+from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.tiny import tiny_omnigen_folder
 from tests.tiny_folders import TINY_FOLDERS
 
@@ -300,6 +300,25 @@ def test_compiled_blocks_train_in_a_run(tmp_path: Path, omnigen_folder: Path) ->
         (folder / "multidatabackend.json").write_text(json.dumps(kept))
         losses.append([record["loss"] for record in metrics(train_here(folder), "step_done")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.ci
+def test_a_compiled_run_of_two_sizes_with_an_ema_resumes_to_the_same_bits(tmp_path: Path, omnigen_folder: Path) -> None:
+    write_images(tmp_path / "small", 3, seed=1)
+    write_images(tmp_path / "large", 3, seed=2)
+    data = [dataset("small", resolution=32), dataset("large")]
+    # One epoch: three steps of each size.
+    options = {"max_train_steps": 6, "train_batch_size": 1, "checkpoint_step_interval": 3, "use_ema": True}
+    folder = write_run(tmp_path, omnigen_folder, data, **options, dynamo_backend="inductor")
+
+    def saved() -> dict[str, bytes]:
+        names = ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors")
+        return {name: (folder / "output" / name).read_bytes() for name in names}
+
+    train_here(folder)
+    straight = saved()
+    train_here(folder, "--resume_from_checkpoint=checkpoint-3")
+    assert straight == saved()
 
 
 @pytest.mark.ci

@@ -264,6 +264,23 @@ def test_a_convolution_that_trains_or_pads_otherwise_stays_as_it_was() -> None:
         torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x), (wanted,))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_gradient_of_a_frozen_convolution_has_the_layout_of_its_input(
+    layout: torch.memory_format, groups: int
+) -> None:
+    """Sana's tokens come to its convolutions channels last; a gradient of another layout made what follows slow."""
+    layer = nn.Conv2d(4, 4, 3, 2, 1, groups=groups).double().requires_grad_(False)
+    x = numbers(2, 4, 6, 5).detach().to(memory_format=layout).requires_grad_()
+    seen: list[Tensor] = []
+    inner = x * 1
+    inner.register_hook(seen.append)
+    [actual] = torch.autograd.grad(frozen_conv2d(layer, inner).square().sum(), x)
+    [wanted] = torch.autograd.grad(layer(x).square().sum(), x)
+    assert seen[0].is_contiguous(memory_format=layout)
+    torch.testing.assert_close(actual, wanted)
+
+
 def test_small_tensors_are_kept_since_making_them_again_would_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 8 * 5 * 6)
     for rows, is_computed_again in ((4, False), (5, True)):
