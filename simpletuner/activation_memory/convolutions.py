@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simpletuner.activation_memory.recompute import computing_dtype, exact_dtypes, is_worth_it
+from simpletuner.activation_memory.recompute import computing_dtype, is_worth_it
 
 
 def frozen_conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ class _FrozenConv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.layer, ctx.shape = layer, x.shape
-        ctx.is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        with exact_dtypes(x.device.type):
-            return layer._conv_forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if is_channels_last else torch.contiguous_format
+        return layer._conv_forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -34,24 +34,21 @@ class _FrozenConv2d(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         layer = ctx.layer
         # Its values are not read, but the gradient gets its layout: of another than the input's, each product with it
-        # is several times slower.
-        x = (
-            torch.empty_like(gradient.new_empty(1).expand(ctx.shape), memory_format=torch.channels_last)
-            if ctx.is_channels_last
-            else gradient.new_empty(1).expand(ctx.shape)
+        # is several times slower. One value for all is enough on a GPU; on the CPU it would be copied to its full size.
+        x = gradient.new_empty(1).expand(ctx.shape)
+        if ctx.layout is torch.channels_last or gradient.device.type == "cpu":
+            x = torch.empty_like(x, memory_format=ctx.layout)
+        to_x, _, _ = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            weight.to(gradient.dtype),
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            [0, 0],
+            layer.groups,
+            (True, False, False),
         )
-        with exact_dtypes(gradient.device.type):
-            to_x, _, _ = torch.ops.aten.convolution_backward(
-                gradient,
-                x,
-                weight.to(gradient.dtype),
-                None,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                False,
-                [0, 0],
-                layer.groups,
-                (True, False, False),
-            )
         return to_x, None, None, None
