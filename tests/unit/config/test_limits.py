@@ -48,6 +48,7 @@ PLAIN = {"id": "plain", "instance_data_dir": "datasets/images"}
             **{"fsdp_enable": True, "num_processes": 2, "fsdp_shard_size": 4, "optimizer": "adamw_bf16"},
             **{"num_machines": 2, "machine_rank": 0, "main_process_ip": "10.0.0.1", "main_process_port": 29500},
             **{"fsdp_cpu_offload": True, "activation_memory": "lowest", "use_ema": True},
+            **{"lr_scale": True, "lr_scheduler": "linear", "learning_rate": 1e-5, "lr_end": 2e-5},
         },
         {
             **STANDARD,

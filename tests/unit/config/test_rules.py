@@ -483,8 +483,8 @@ def test_ids_and_nicknames_stay_in_their_folder_and_on_their_line(workspace: Wor
     assert "cannot name a file" in faults[0].message
 
 
-@pytest.mark.parametrize(("batch_size", "warns"), [(1, True), (2, False)])
-def test_strata_of_a_single_image_have_no_effect(workspace: Workspace, batch_size: int, warns: bool) -> None:
-    workspace.config |= {"timestep_stratified": True, "num_processes": 1, "train_batch_size": batch_size}
+@pytest.mark.parametrize(("batch_size", "processes", "warns"), [(1, 1, True), (2, 1, False), (1, None, False)])
+def test_strata_of_a_single_image_have_no_effect(workspace: Workspace, batch_size, processes, warns) -> None:
+    workspace.config |= {"timestep_stratified": True, "num_processes": processes, "train_batch_size": batch_size}
     lines = [line for line in workspace.load_written().warnings if "timestep_stratified" in line]
     assert any("a step has one image" in line for line in lines) is warns

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,16 @@ def test_a_listing_that_fails_is_tried_again(folder, tmp_path, monkeypatch, numb
 @pytest.mark.parametrize("name", ["sub", "deep", "images"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_folder_that_cannot_be_listed_is_an_error_where_it_held_images(folder, tmp_path, monkeypatch, name, number):
+    (folder / "subway").mkdir()  # begins with the name of another folder, and is none of its
+    shutil.copyfile(folder / "a.png", folder / "subway/e.png")
     index = Index(tmp_path / "i.sqlite", LocalBackend(folder))
-    assert paths_of(index) == ALL
+    assert paths_of(index) == [*ALL, "subway/e.png"]
     with monkeypatch.context() as patched:
         refuse_listing(patched, name, 99, number)
-        held = {"sub": 2, "deep": 1, "images": 4}[name]
+        held = {"sub": 2, "deep": 1, "images": 5}[name]
         with pytest.raises(DataError, match=f"cannot be listed.*it held {held} images"):
             index.scan()
-    assert paths_of(index) == ALL
+    assert paths_of(index) == [*ALL, "subway/e.png"]
 
 
 def test_one_that_never_held_any_is_reported_and_left_out(folder, tmp_path, monkeypatch):

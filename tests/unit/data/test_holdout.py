@@ -49,7 +49,8 @@ def test_an_image_is_trained_on_or_held_out_and_its_content_decides(root: Path, 
     assert digests(trained) | digests(held) == {hashlib.sha256(p.read_bytes()).hexdigest() for p in root.iterdir()}
     assert not digests(trained) & digests(held)
     assert 2 <= len(digests(held)) <= 20
-    assert trained.fingerprint != whole.fingerprint
+    others = [each.fingerprint for each in hold_out([whole], 0.5)]
+    assert len({whole.fingerprint, trained.fingerprint, held.fingerprint, *others}) == 5
     (renamed,) = build(tmp_path, entry(root.rename(tmp_path / "elsewhere"), "other", crop=False, resolution=128))
     assert digests(hold_out([renamed], 0.25)[1]) == digests(held)
 

@@ -106,6 +106,7 @@ def test_files_that_are_missing_or_pickles_are_listed_before_anything_is_loaded(
             "tokens x features, floats",
         ),
         ({"embeds": torch.full((2, 3), torch.nan), "pooled": torch.ones(3)}, "embeds is not finite", None),
+        ({"embeds": torch.ones(2, 3), "pooled": torch.tensor([1.0, torch.inf])}, "pooled is not finite", None),
     ],
 )
 def test_a_file_that_is_not_what_the_family_has_for_a_prompt_is_named(tmp_path, tensors, message, allowed) -> None:

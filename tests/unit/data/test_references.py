@@ -20,7 +20,7 @@ from simpletuner.data.buckets import BucketRules
 from simpletuner.data.conditioning import Partners, reference_rules
 from simpletuner.data.holdout import hold_out, place_of
 from simpletuner.data.reading import shown_content
-from simpletuner.data.references import ReferenceRules, plan_reference
+from simpletuner.data.references import ReferenceRules, References, plan_reference
 from simpletuner.data.report import SKIPPED_FILE, write_report
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -121,6 +121,20 @@ def test_a_loose_reference_is_only_reduced(height, width, resolution, kind, expe
 def test_a_loose_reference_fits_the_longest_side_of_the_family() -> None:
     crop = plan_reference(100, 4000, ReferenceRules(False, 10_000, "pixel_area", 16, max_side=1024))
     assert (crop.height, crop.width) == (16, 1024)
+
+
+def test_the_longest_side_of_references_is_that_of_a_wide_one_too() -> None:
+    index: Any = SimpleNamespace(sizes=lambda ids: {(64, 200), (120, 64)})
+    longest = {
+        is_strict: References(
+            ConditioningDataset(id="sources", instance_data_dir=Path("sources"), conditioning_type=kind),
+            index,
+            np.arange(2),
+            ReferenceRules(is_strict, 10_000, "pixel_area", 16),
+        ).largest_side()
+        for is_strict, kind in ((False, "reference_loose"), (True, "reference_strict"))
+    }
+    assert longest == {False: 192, True: 0}  # 200 is 12 tiles of 16 and a rest; strict ones are as their images are
 
 
 def test_an_image_without_a_reference_is_skipped_with_the_reason(pairs: Path) -> None:

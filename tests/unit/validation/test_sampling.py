@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from simpletuner.config.options.validation import ValidationOptions
 from simpletuner.models.components import ModelSource
 from simpletuner.models.omnigen.family import OmniGen
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.validation.prompts import GenerationSettings, ImageRequest, SkippedLayers
 from simpletuner.validation.references import ReferenceImage
-from simpletuner.validation.sampling import batch_size_for, make_images
+from simpletuner.validation.sampling import batch_size_for, make_images, noise_device
 
 
 class CountingPipeline:
@@ -97,6 +98,12 @@ def test_noise_of_an_image_depends_on_its_seed_alone():
     for batch_size in (1, 3):
         images = make_images(CountingPipeline(), REQUESTS, batch_size=batch_size)
         assert [image.image.getpixel((0, 0))[0] for image in images] == expected
+
+
+def test_noise_comes_from_the_device_that_is_asked_for():
+    accelerated: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    asked = [ValidationOptions(validation_seed_source=source) for source in ("cpu", "gpu")]
+    assert [noise_device(options, accelerated) for options in asked] == ["cpu", "cuda:1"]
 
 
 def test_large_images_are_drawn_singly_and_small_ones_together():

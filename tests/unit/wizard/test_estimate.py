@@ -50,6 +50,10 @@ def test_of_a_model_that_is_not_here_the_registry_s_figures_are_shown(folder: Pa
     (memory, fits), _, (time, _) = rough_lines(run, replace(CPU, device_bytes=6 * GIB))
     assert not fits
     assert "23 h 29 min at 0.3 trillion" in time
+    for base, mixed, size in (("no_change", "no", "14.0"), ("int8-quanto", "no", "3.5"), ("nf4-bnb", "bf16", "1.8")):
+        formats = {"base_model_precision": base, "mixed_precision": mixed}
+        (memory, _), *_ = rough_lines(replace(run, config=run.config.with_values(formats)), LARGE_GPU)
+        assert memory.startswith(f"memory  at least {size} GiB for the weights")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simpletuner.config.loading import load_run
 from simpletuner.config.prompt_library import LibraryPrompt
@@ -192,6 +193,14 @@ def test_images_with_a_text_file_are_not_without_words(folder: Path):
     rename_as_a_camera_does(folder, with_text=1)
     facts = look_at_folder("images", folder, folder / "cache", lambda count: None).facts
     assert (facts.usable, facts.with_text, facts.without_words) == (4, 1, 3)
+
+
+def test_a_folder_is_as_large_as_its_middle_image_and_sizes_are_width_by_height(folder: Path):
+    """Squares of 64 pixels, and one image of 320 x 1280, which is as many as 640 x 640."""
+    Image.new("RGB", (320, 1280)).save(folder / "images/000.png")
+    report = look_at_folder("images", folder, folder / "cache", lambda count: None)
+    assert report.facts.side == 64
+    assert report.lines()[0] == "4 images, 64 x 64 to 320 x 1280; each has a text file"
 
 
 def test_pairs_are_written_opened_without_a_change_and_taken_out_again(folder: Path, omnigen_folder: Path):

@@ -67,6 +67,12 @@ def test_what_was_written_is_read_back(chosen: Lycoris):
     assert read_lycoris(lycoris_settings(OMNIGEN, chosen)) == chosen
 
 
+def test_both_names_of_locon_are_read():
+    """LyCORIS takes `lora` for it too; what is unknown is shown as the usual one."""
+    found = [read_lycoris({"algo": name, "linear_dim": 4}) for name in ("lora", "locon", "of the future")]
+    assert [(each.algorithm, each.rank) for each in found] == [("locon", 4), ("locon", 4), ("lokr", None)]
+
+
 def test_feed_forward_layers_get_a_larger_part_than_attention():
     """LoKr's matrices grow as its factor falls: half of 12 for feed-forward layers, and never less than 1."""
     preset = lycoris_settings(OMNIGEN, Lycoris(factor=12))["apply_preset"]

@@ -17,7 +17,7 @@ from simpletuner.wizard.answers import ImageFacts, read_goal
 from simpletuner.wizard.images import missing_captions
 from simpletuner.wizard.lycoris import Lycoris, lycoris_settings
 from simpletuner.wizard.plan import make_plan, nicknames
-from simpletuner.wizard.proposals import proposed_learning_rate, proposed_steps
+from simpletuner.wizard.proposals import card_preset, proposed_learning_rate, proposed_steps
 from tests.unit.wizard.projects import CPU, LARGE_GPU, SMALL_GPU, answers
 
 FEW = ImageFacts(usable=20, with_text=0, with_name=20, side=700)
@@ -62,6 +62,11 @@ def test_an_adapter_is_proposed_as_it_was_computed_for_the_card():
         assert {name: config[name] for name in preset.options} == preset.options
         assert ("base_model_precision" in config) == (gib < 12)
     assert "base_model_precision" not in make_plan(answers(hardware=SMALL_GPU, goal="full")).config
+
+
+def test_a_card_of_48_gib_is_roomy_and_needs_no_preset():
+    cards = [answers(hardware=Hardware("cuda", "GPU", gib * GIB, 64 * GIB, 8)) for gib in (47, 48)]
+    assert [card_preset(each) for each in cards] == [preset_for("omnigen", "v1", 24), None]
 
 
 def test_on_a_card_without_a_preset_a_model_that_does_not_fit_is_quantized(monkeypatch: pytest.MonkeyPatch):
@@ -113,6 +118,14 @@ def test_steps_and_resolution_follow_the_images():
     unseen = make_plan(answers()).config
     assert unseen["resolution"] == 1024
     assert make_plan(answers(seen={"images": replace(FEW, side=512)})).config["resolution"] == 512
+    small_model = answers(family="sd15", hardware=LARGE_GPU, seen={"images": replace(FEW, side=1000)})
+    assert make_plan(small_model).config["resolution"] == 512  # what it was trained at, however large the images are
+
+
+def test_images_for_prior_preservation_are_marked_as_such():
+    entries = make_plan(answers(regularisation_images="others", eval_images="held_out")).entries
+    marked = {name: entry.get("is_regularisation_data", False) for name, entry in entries.items()}
+    assert marked == {"images": False, "regularisation": True, "eval": False}
 
 
 def test_a_run_has_one_length():

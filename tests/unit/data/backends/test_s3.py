@@ -123,6 +123,12 @@ def test_what_cannot_be_listed_is_named(
     assert LOGIN["aws_secret_access_key"] not in text
 
 
+def test_buckets_of_one_name_at_two_stores_are_not_one_tree(server: S3) -> None:
+    places = ["http://one.example.org", "http://two.example.org"]
+    trees = [backend(server, endpoint_url=place, prefix=prefix) for place in places for prefix in ("a", "b")]
+    assert len({tree.identity for tree in trees}) == 4
+
+
 def test_an_endpoint_without_a_scheme_is_refused(server: S3) -> None:
     with pytest.raises(ConfigError, match=r"things\.aws_endpoint_url"):
         backend(server, endpoint_url="store.example.org")
