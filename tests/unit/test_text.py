@@ -25,6 +25,7 @@ from simpletuner.text import (
     one_form,
     printable,
     read_file,
+    read_tensor_header,
     without_separators,
 )
 
@@ -134,6 +135,16 @@ def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
     assert len(read_file(tmp_path / "a", 1_500_000)) == 1_500_000
     with pytest.raises(ValueError, match=r"^is larger than 1\.5 MB$"):
         read_file(tmp_path / "a", 1_499_999)
+
+
+def test_a_header_of_tensors_ends_within_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert read_tensor_header(path) == ({}, 10)
+    for length in (0, 1, 3, 10):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(ValueError, match="the header whose length it gives"):
+            read_tensor_header(path)
 
 
 def test_of_two_marks_that_begin_alike_the_longer_counts() -> None:

@@ -96,6 +96,7 @@ def test_a_token_of_single_rights_needs_that_of_writing():
         ({"tracker_run_name": "A run: öne"}, "A-run-ne"),
         ({}, "my-run"),
         ({"tracker_run_name": "..."}, "simpletuner"),
+        ({"tracker_run_name": "x" * 97}, "x" * 96),  # the longest that the Hub takes
     ],
 )
 def test_a_repository_is_called_like_the_run(keys, name):

@@ -63,6 +63,7 @@ def test_checkpoints_and_the_end_become_commits_with_card_and_images(hub, api, j
         bus.emit(EvalDone(10, {}, 0.4321))
         shown = SavedImage(image, "star", "a red star", 8, 8, 1, "live")
         bus.emit(ImagesMade(10, (shown, SavedImage(image, "b", "", 8, 8, 1, "grid"))))
+        bus.emit(ImagesMade(10, (SavedImage(image, "star", "a red star", 8, 8, 1, "base"),)))  # no result of training
         bus.emit(CheckpointSaved(10, checkpoint(10)))
         wait_for(lambda: hub.repos and hub.repos["me/stars"].tags == ["step-10"])
         repo = hub.repos["me/stars"]

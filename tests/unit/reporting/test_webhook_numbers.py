@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import ssl
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 from tenacity import RetryCallState, Retrying
 
 from simpletuner.config.webhooks import Webhook
+from simpletuner.reporting.webhooks.encoding import encode
 from simpletuner.reporting.webhooks.images import load_images
 from simpletuner.reporting.webhooks.messages import CurvePoint, Message, progress_message
 from simpletuner.reporting.webhooks.sender import Patience
@@ -104,3 +106,12 @@ def test_an_address_stays_out_of_the_log_as_httpx_writes_it_too():
     transport = Transport(webhook, Deadlines())
     record = logging.LogRecord("httpx", logging.INFO, "", 0, "POST %s", ("http://hooks.example/s3%20cret",), None)
     assert not transport._log_filter.filter(record)
+
+
+@pytest.mark.parametrize("length", [10, 1990, 5000])
+def test_a_message_for_discord_has_at_most_2000_characters_with_its_note(length: int):
+    target = Webhook(webhook_type="discord", webhook_url=SecretStr("https://discord.com/api/webhooks/1/x"))
+    message = Message("validation.image", "info", "images", "x" * length, run_name="run")
+    content = json.loads(encode(target, message, [None, None]).content)["content"]
+    assert content.endswith("\n(2 of 2 images could not be sent)")
+    assert len(content) == min(2000, len("`(run)` **images**\n") + length + len("\n(2 of 2 images could not be sent)"))

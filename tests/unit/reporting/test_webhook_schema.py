@@ -90,5 +90,18 @@ def test_every_event_of_a_run_is_reported() -> None:
     assert {type(event) for event in EXAMPLES} | silent == kinds
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (143, ("training.status", "warning", "interrupted", "training was interrupted at step 5")),
+        (130, ("training.status", "warning", "interrupted", "training was interrupted at step 5")),
+        (3, ("error", "critical", "failed", "training failed at step 5")),
+    ],
+)
+def test_a_run_that_was_asked_to_stop_is_no_error(code: int, expected: tuple[str, ...]) -> None:
+    [message] = words_for(events.RunFailed(5, "why", code), "run")
+    assert (message.type, message.severity, message.data["status"], message.title) == expected
+
+
 def test_the_resolved_configuration_is_not_sent() -> None:
     assert not any("options" in event["data"] for event in sent())

@@ -28,8 +28,8 @@ from simpletuner.reporting.events import (
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
-from simpletuner.reporting.report.record import RunRecord
-from simpletuner.reporting.report.view import times_of
+from simpletuner.reporting.report.record import RunRecord, read_run
+from simpletuner.reporting.report.view import checkpoints_of, tiles_of, times_of
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -119,6 +119,31 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_eval_loss(tmp_path: Path):
     html = write_report(make_run(tmp_path / "run")).read_text()
     row = next(row for row in html.split("<tr>") if "best</span>" in row)
     assert "checkpoint-20" in row
+
+
+def test_the_model_before_training_is_not_the_best_however_low_its_loss(tmp_path: Path):
+    losses = ((0, 0.1), (10, 0.5), (20, 0.4), (30, 0.6))
+    run = RunRecord(tmp_path, evaluations=[{"step": step, "pooled": loss} for step, loss in losses])
+    assert run.best_evaluation() == (20, 0.4)
+    assert RunRecord(tmp_path, evaluations=run.evaluations[:1]).best_evaluation() is None
+
+
+def test_a_loss_that_falls_by_a_quarter_is_shown_so(tmp_path: Path):
+    run = RunRecord(tmp_path, evaluations=[{"step": 5, "pooled": 0.8}, {"step": 10, "pooled": 0.6}])
+    assert tiles_of(run) == [("0.6", "lowest eval loss, step 10", "-25 % since step 5")]
+
+
+def test_a_run_that_a_signal_ended_was_interrupted_and_did_not_fail(tmp_path: Path):
+    ends = [{"event": "run_failed", "exit_code": code} for code in (130, 143, 1)]
+    states = [RunRecord(tmp_path, end=end).state for end in (*ends, {"event": "run_finished"}, {})]
+    assert states == ["interrupted", "interrupted", "failed", "finished", "unfinished"]
+
+
+def test_checkpoints_that_are_gone_are_counted_and_those_that_are_there_listed(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    (folder / "checkpoint-10").rmdir()
+    found = checkpoints_of(read_run(folder))
+    assert ([row["name"] for row in found["rows"]], found["num_removed"]) == (["checkpoint-20"], 1)
 
 
 def test_what_a_user_writes_is_shown_and_never_runs(tmp_path: Path):

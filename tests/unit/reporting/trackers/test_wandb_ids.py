@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from simpletuner.reporting.trackers.base import TrackedRun
-from simpletuner.reporting.trackers.wandb import tracked_id
+from simpletuner.reporting.trackers.wandb import WandbTracker, tracked_id
 
 
 def run(folder: Path, branch: str, start_step: int) -> TrackedRun:
@@ -28,3 +29,13 @@ def test_the_note_of_an_earlier_version_is_gone_on_with_and_a_damaged_one_is_rep
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "wandb_run.json").write_text(damaged)
         assert tracked_id(run(tmp_path, "a", 4))
+
+
+def test_a_step_that_w_and_b_has_already_is_not_sent_again():
+    """W&B takes steps that only grow; a resumed run repeats those after its checkpoint."""
+    sent: list[int] = []
+    tracker = WandbTracker()
+    tracker._run, tracker._first_step = SimpleNamespace(log=lambda values, step: sent.append(step)), 5
+    for step in (3, 4, 5, 6):
+        tracker.log_scalars({"train/loss": 0.5}, step)
+    assert sent == [5, 6]
