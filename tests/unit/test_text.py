@@ -25,6 +25,7 @@ from simpletuner.text import (
     one_form,
     printable,
     read_file,
+    read_json_text,
     read_tensor_header,
     without_separators,
 )
@@ -135,6 +136,13 @@ def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
     assert len(read_file(tmp_path / "a", 1_500_000)) == 1_500_000
     with pytest.raises(ValueError, match=r"^is larger than 1\.5 MB$"):
         read_file(tmp_path / "a", 1_499_999)
+
+
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a": ', "}")])
+def test_a_hundred_levels_of_json_are_read_and_one_more_is_not(start: str, end: str) -> None:
+    assert read_json_text(start * 99 + "[]" + end * 99)
+    with pytest.raises(ValueError, match="more than 100 levels"):
+        read_json_text(start * 100 + "[]" + end * 100)
 
 
 def test_a_header_of_tensors_ends_within_its_file(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_verify_counts_flipped_and_cut_entries_and_a_build_makes_them_anew(folde
 def test_prune_removes_what_no_dataset_uses_and_nothing_else(folder, capsys):
     cache.build(load_here(folder))
     (folder / "images/003.png").unlink()
+    assert "in use: 6, unused: 1, still to encode: 0" in lines_of(cache.stats, folder)
     assert "would remove 1 of 7" in lines_of(cache.prune, folder, True)
     assert len(shards(folder)) == 1
     assert "removed 1 of 7" in lines_of(cache.prune, folder)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from simpletuner.commands.captions import check_captions
-from simpletuner.commands.check import Steps, check, count_steps, gather
+from simpletuner.commands.check import Steps, check, check_dataset, count_steps, gather, sorted_sizes
 from simpletuner.commands.contact_sheet import wrapped
 from simpletuner.commands.remedies import _small_buckets
 from simpletuner.data.holdout import place_of
@@ -304,6 +304,21 @@ def test_an_epoch_has_a_step_for_each_so_many_batches(monkeypatch: pytest.Monkey
     monkeypatch.setattr("simpletuner.commands.check.total_train_steps", lambda options, sampler: 10)
     sampler = SimpleNamespace(batches_in=lambda epoch: 8)
     assert count_steps(SimpleNamespace(gradient_accumulation_steps=4), sampler) == Steps(8, 2.0, 10, 5.0)
+
+
+def test_images_that_rounding_enlarged_by_a_little_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, result in (("check_captions", None), ("cache_need", None), ("remedies_of", ())):
+        monkeypatch.setattr(f"simpletuner.commands.check.{name}", lambda *given, result=result: result)
+    monkeypatch.setattr("simpletuner.commands.check.enlargement", lambda sample: sample.factor)
+    samples = [SimpleNamespace(captions=("a",), factor=factor) for factor in (0.5, 1.0, 1.05, 1.06, 2.0)]
+    found = check_dataset(SimpleNamespace(data=None), None, SimpleNamespace(samples=samples), "")
+    assert (found.num_enlarged, found.largest_factor) == (2, 2.0)
+
+
+def test_sizes_with_most_images_come_first_and_equal_ones_by_size() -> None:
+    report = SimpleNamespace(buckets={(64, 64): 1, (64, 128): 3, (32, 32): 3})
+    found = sorted_sizes(SimpleNamespace(dataset=SimpleNamespace(filter_report=report)))
+    assert found == [((32, 32), 3), ((64, 128), 3), ((64, 64), 1)]
 
 
 def test_a_size_that_its_repeats_fill_needs_no_remedy() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner import storage
 from simpletuner.commands.run_differences import _unequal, compare_runs
-from simpletuner.commands.verify_resume import Death, shortened, verify_resume
+from simpletuner.commands.verify_resume import POINTS, Death, _Proof, shortened, verify_resume
 from simpletuner.errors import ConfigError, DataError
 from tests.runs import load_here, train_here, write_run
 
@@ -178,6 +178,17 @@ def test_a_run_that_fails_by_itself_is_reported_with_its_reason(tmp_path: Path, 
 def test_a_death_says_where_it_is():
     assert str(Death(4, "before the update")) == "step 5: before the update"
     assert "file operation 7" in str(Death(4, operation=7))
+
+
+def test_a_run_dies_at_its_first_file_operation_at_its_last_and_between():
+    """10 until the checkpoint is committed, 14 with evaluation and images; after the first save at step 2."""
+    proof = object.__new__(_Proof)
+    proof.start_step, proof.counts = 0, {"4": (10, 14)}
+    deaths = proof.deaths()
+    assert [(death.step, death.point) for death in deaths[:3]] == [(2, point) for point in POINTS]
+    assert [(death.step, death.operation) for death in deaths[3:]] == [(4, number) for number in (1, 3, 5, 8, 10, 14)]
+    proof.start_step, proof.counts = 3, {"6": (1, 1)}
+    assert [(death.step, death.operation) for death in proof.deaths()[2:]] == [(4, 0), (6, 1)]
 
 
 def test_nan_equals_nan_and_nothing_else():

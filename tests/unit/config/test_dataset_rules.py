@@ -336,6 +336,7 @@ def test_filters_of_an_entry_that_is_not_the_default_are_refused(workspace: Work
         (r"s/(\w+) sat/\1 ran/", "a cat sat", "a cat ran"),
         ("s#a/b#c#", "a/b", "c"),
         (r"s/a\/b/c/", "a/b", "c"),
+        (r"s/and/\//", "black and white", "black / white"),
         ("spam", "spam and eggs", " and eggs"),
         ("s", "cats", "cat"),
     ],

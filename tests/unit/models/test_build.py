@@ -20,13 +20,17 @@ from simpletuner.commands import cache
 from simpletuner.commands.check import check
 from simpletuner.commands.plan import plan
 from simpletuner.config.loading import LoadedRun
+from simpletuner.config.paths import WITHOUT
 from simpletuner.errors import ConfigError
 from simpletuner.launch import family_of_export, family_of_model
 from simpletuner.models import build, lazy_vae
+from simpletuner.models.components import ModelSource
 from simpletuner.models.devices import adapter_dtype, number_formats, weight_dtype
 from simpletuner.models.family import ModelFamily
 from simpletuner.models.lazy_vae import LazyVae
+from simpletuner.models.local_check import check_local_model
 from simpletuner.models.omnigen.family import OmniGen
+from simpletuner.models.sd3.spec import SD3
 from simpletuner.precision.quantize import NumberFormats
 from simpletuner.training.planning.memory import decode_bytes
 from simpletuner.training.trainer import train
@@ -258,7 +262,17 @@ def test_a_family_reads_prompts_and_encodes_images_as_the_configuration_says(mon
     prompts = {"clip_skip": 2, "force_zeros_for_empty_prompt": False, "tokenizer_max_length": 152}
     family = build.build_family(config_of(model_family="sdxl", vae_enable_tiling=True, **prompts))
     assert (family.clip_skip, family.force_zeros_for_empty_prompt, family.prompt_length) == (2, False, 152)
+    kept = {"prompt_length": 152, "clip_skip": 2, "force_zeros_for_empty_prompt": False}
+    assert family.prompt_settings == kept  # what images of the base model are kept by
     assert family.vae_modes == ("tiling",)
     plain = build.build_family(config_of(model_family="sdxl"))
     assert plain.prompt_settings == {}
     assert plain.vae_modes == ()
+
+
+def test_only_what_a_model_works_without_can_be_left_out() -> None:
+    found = {
+        name: [each.message for each in check_local_model(ModelSource("me/sd3", encoders={name: WITHOUT}), SD3)]
+        for name in ("text_encoder", "text_encoder_3")
+    }
+    assert found == {"text_encoder": ["nothing works without text_encoder"], "text_encoder_3": []}

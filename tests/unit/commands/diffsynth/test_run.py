@@ -167,6 +167,7 @@ def test_images_are_cut_to_exactly_the_sides_of_the_flags(width: int, height: in
     [entry], alignment = found.data, found.config["aspect_bucket_alignment"]
     rules = BucketRules(entry["resolution"], entry["resolution_type"], alignment=alignment)
     assert bucket_size(entry.get("crop_aspect_buckets", [1.0])[0], rules) == (height, width)
+    assert found.config["validation_resolution"] == f"{width}x{height}"
 
 
 def test_the_stage_of_deepspeed_needs_processes_and_no_float16(folder: Path) -> None:
@@ -184,7 +185,9 @@ def test_the_stage_of_deepspeed_needs_processes_and_no_float16(folder: Path) -> 
 
 def test_options_of_this_program_are_written_and_secrets_are_not(folder: Path) -> None:
     words = ["--lora_rank=8", "--max_train_steps=7", "--validation_prompt", "a dog", "--checkpointing_steps=5"]
-    found = translated("sd3", *SD3, *words)
+    secret = '--webhook_config={"webhook_type": "raw", "callback_url": "https://example.org/secret"}'
+    found = translated("sd3", *SD3, *words, secret)
+    assert (found.rest, "secret" in str(found.config)) == ([secret], False)  # for the run, and for no file
     assert (found.config["max_train_steps"], found.config["validation_prompt"]) == (7, "a dog")
     assert found.config["checkpoint_step_interval"] == 5
     run = load_run([], {"CONFIG_PATH": str(import_run(found, folder / "config/dog", print))}, folder)

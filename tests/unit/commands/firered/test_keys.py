@@ -7,6 +7,7 @@ import pytest
 from simpletuner.commands.firered.flags import parse_sft, sft_parser
 from simpletuner.commands.firered.keys import REFUSED, WITHOUT_EFFECT, notes_of, translate
 from simpletuner.commands.firered.launched import command_of
+from simpletuner.commands.firered.run import _length
 from simpletuner.errors import ConfigError
 from simpletuner.families.registry import get_spec
 
@@ -311,3 +312,12 @@ def test_processes_of_several_machines_are_divided() -> None:
     command = command_of(words)
     assert (command.options, command.flags) == ({"num_processes": 8, "num_machines": 2}, ("--seed=1",))
     assert command_of(["sft", "--seed=1"]).flags == ("--seed=1",)
+
+
+@pytest.mark.parametrize(("rows", "processes", "steps"), [(100, 1, 36), (100, 2, 18), (15, 2, 3)])
+def test_an_epoch_is_as_many_steps_as_all_processes_fill(rows: int, processes: int, steps: int) -> None:
+    """Three epochs; a step takes 8 rows of each process, and an epoch of fewer rows is one step."""
+    words = ["--pretrained_model_name_or_path=m", "--train_data_meta_dir=d", "--num_train_epochs=3"]
+    flags = parse_sft([*words, "--train_batch_size=4", "--gradient_accumulation_steps=2"])
+    assert _length(flags, rows, processes) == {"max_train_steps": steps, "num_train_epochs": 0}
+    assert _length(parse_sft([*words, "--max_train_steps=7"]), rows, processes)["max_train_steps"] == 7

@@ -176,6 +176,19 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
     assert len(error.value.problems) == 2
 
 
+@pytest.mark.parametrize(
+    ("keys", "steps", "epochs"),
+    [
+        ("max_train_steps: 10, num_train_epochs: 3", 10, 0),
+        ("num_train_epochs: 3", 0, 3),
+        ("max_train_steps: 10", 10, 0),
+    ],
+)
+def test_a_run_has_one_length_and_steps_come_before_epochs(tmp_path: Path, keys: str, steps: int, epochs: int) -> None:
+    config = translated(tmp_path, MINIMAL.replace("max_train_steps: 10", keys)).config
+    assert (config["max_train_steps"], config["num_train_epochs"]) == (steps, epochs)
+
+
 @pytest.mark.parametrize(("processes", "count"), [(8, 1), (4, 2), (1, 8)])
 def test_the_global_batch_is_met_by_accumulation(tmp_path: Path, processes: int, count: int) -> None:
     translation = translated(tmp_path, MINIMAL.replace("batch_size: 2", "batch_size: 2, global_batch_size: 16"))
@@ -201,3 +214,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: 
     (tmp_path / "options.yml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_yaml(tmp_path / "options.yml")
+
+
+def test_faults_of_an_options_file_have_the_line_that_an_editor_shows(tmp_path: Path) -> None:
+    path = tmp_path / "options.yml"
+    path.write_text("a: 1\nb:\n  c: 2\n")
+    assert read_yaml(path).lines == {"a": 1, "b": 2, "b.c": 3}
+    path.write_text("a: 1\nb: 2\nc: 'open\nd: [\n")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    [problem] = caught.value.problems
+    assert problem.line == 5  # where the file ends, and a quote should

@@ -113,8 +113,11 @@ def test_training_has_the_fixed_shift_of_the_scheduler_at_every_size(tmp_path, s
     assert sigma.item() == pytest.approx(6 / 7, abs=1e-6)
 
 
-def test_the_rotary_tables_limit_the_sides(tiny):
-    assert family_of("lumina2", tiny).largest_side() == 512 * 16
+def test_the_rotary_tables_limit_the_sides(tiny, monkeypatch):
+    family = family_of("lumina2", tiny)
+    assert family.largest_side() == 512 * 16
+    monkeypatch.setitem(family.denoiser_config, "axes_lens", [1024, 512, 256])  # of the text, of rows, of columns
+    assert family.largest_side() == 256 * 16
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

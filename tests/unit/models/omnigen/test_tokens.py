@@ -140,6 +140,8 @@ def test_a_long_prompt_loses_its_end_and_keeps_the_template():
     assert cut.is_cut
     assert len(cut.input_ids) == 40
     assert cut.input_ids == whole.input_ids[:35] + tail
+    length = len(whole.input_ids)
+    assert [golden_tokenizer(max_tokens=most)(long).is_cut for most in (length, length - 1)] == [False, True]
 
 
 def test_an_image_may_stand_twice_in_a_prompt():
