@@ -83,7 +83,7 @@ class ProcessGroup:
             work.wait()
             return
         frame = sys._getframe(2)
-        while frame.f_back is not None and frame.f_globals["__name__"] == __name__:
+        while frame.f_back is not None and not _is_of_a_caller(frame.f_globals["__name__"]):
             frame = frame.f_back
         wait_for(work, self.heartbeat, frame.f_code.co_name)
 
@@ -178,6 +178,11 @@ def _connected() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         message = f"another process of this run has ended, and reports the reason itself; here it looks like: {reason}"
         raise ConnectionLost(message) from error
+
+
+def _is_of_a_caller(module: str) -> bool:
+    """Whether a function of this module, not ours and not one that torch puts around it, is worth naming."""
+    return module != __name__ and not module.startswith("torch.") and module != "contextlib"
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

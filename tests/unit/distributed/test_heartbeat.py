@@ -6,12 +6,15 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch.distributed.fsdp  # noqa: F401 - imported once, and not in each process
+import torch
+import torch.distributed.fsdp
 
 from simpletuner.distributed import heartbeat
 from simpletuner.distributed.frozen import address
@@ -83,11 +86,25 @@ def wait_in_evaluation(process_group):
     process_group.barrier()
 
 
+def wait_for_gradients(process_group):
+    process_group.barrier()
+    process_group.sum_gradients([torch.nn.Parameter(torch.ones(2))])
+
+
+def wait_for_files(process_group):
+    process_group.barrier()
+    with process_group.main_first():
+        pass
+
+
 @pytest.mark.slow
-def test_a_frozen_process_is_given_up_and_named_with_who_waited_where():
-    answer, _ = in_two(wait_in_evaluation, freeze, minutes=1.5 / 60)
+@pytest.mark.parametrize("wait", [wait_in_evaluation, wait_for_gradients, wait_for_files])
+def test_a_frozen_process_is_given_up_and_named_with_who_waited_where(wait: Callable[[Any], None]):
+    """Not with what torch or contextlib puts around a function."""
+    answer, _ = in_two(wait, freeze, minutes=1.5 / 60)
     assert answer["code"] == 3
-    assert "process 1 of 2 has not responded for 0.025 minutes; process 0 waited for it in wait_in" in answer["error"]
+    expected = f"process 1 of 2 has not responded for 0.025 minutes; process 0 waited for it in {wait.__name__}"
+    assert expected in answer["error"]
     assert answer["seconds"] > 1.0
 
 
