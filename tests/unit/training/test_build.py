@@ -14,6 +14,7 @@ from simpletuner.training import build
 from simpletuner.training.build import announce, build_evaluator, build_validator, describe_adapter, resume, run_length
 from simpletuner.training.evaluate import write_eval_history
 from simpletuner.training.loop import run_training
+from simpletuner.training.process import Process
 from simpletuner.training.start import Start
 from tests.configs import config_of
 from tests.toy import ToyDataset, toy_run
@@ -175,3 +176,30 @@ def test_a_resume_knows_the_eval_losses_up_to_its_step_and_says_where_it_stands(
     done, _ = toy_run(tmp_path, ONE, **options)
     resume(done, Start(history, tmp_path / "output/checkpoint-3", is_own=True, moves=False))
     assert done.is_complete
+
+
+@pytest.mark.parametrize("sizes", [1, 2])
+def test_a_run_has_the_seed_the_limits_and_the_sizes_of_its_configuration(tmp_path, monkeypatch, sizes: int) -> None:
+    options = {"seed": 7, "checkpoints_total_limit": 3, "pause_on_full_disk": True, "max_train_steps": 9}
+    toy, _ = toy_run(tmp_path, ONE, **options)
+    datasets: Any = [ToyDataset({"a": (1.0, 3.0), "b": (1.0, 3.0)})]
+    datasets[0].kind = "image"
+    if sizes == 2:
+        datasets[0].buckets = {(8, 8): datasets[0].buckets[8, 8][:1], (8, 16): datasets[0].buckets[8, 8][1:]}
+    asked: list[Any] = []
+    family: Any = toy.model.family
+    family.number_formats = None
+    answers = {
+        **{"plan_start": Start(toy.session.checkpoints.history), "keep_choice": toy.loaded, "build_family": family},
+        **{"require_usable": None, "find_assistant": None, "prepare_datasets": datasets, "require_device": None},
+        **{"fit_into_memory": (toy.loaded, 5), "prepare_data": (datasets, {}), "build_sampler": toy.batches.sampler},
+        **{"build_evaluator": None, "build_validator": None, "resume": None},
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(build, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(build, "load_model", lambda *given: (asked.extend(given), toy.model)[1])
+    bus, stop = toy.session.bus, toy.session.stop
+    run = build.build_run(toy.loaded, Process(output_dir=toy.session.output_dir, bus=bus, stop=stop))
+    assert (run.seed, run.max_train_steps, run.session.checkpoints.limit) == (7, 9, 3)
+    assert run.session.pauses_on_full_disk
+    assert asked[-2:] == [5, sizes == 2]  # the bytes of `memory`, and whether images come in several sizes

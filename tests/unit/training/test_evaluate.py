@@ -231,3 +231,17 @@ def test_an_eval_loss_is_the_main_process_s_in_all_of_them(tmp_path):
     run.progress.global_step, run.session.process_group = 1, Second()
     evaluate(run)
     assert run.progress.eval_losses == {1: 7.0}
+
+
+def test_an_evaluation_computes_in_the_number_format_of_training(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, mixed_precision="bf16", eval_steps_interval=1)
+    seen: list[Any] = []
+
+    class Noting(Judging):
+        def run(self, denoiser) -> EvalResult | None:
+            seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return super().run(denoiser)
+
+    run.evaluator = Noting()
+    evaluate(run)
+    assert seen == [torch.bfloat16]

@@ -200,3 +200,14 @@ def test_a_set_of_which_an_image_cannot_be_encoded_is_not_noted_as_complete(tmp_
     }
     assert noted == [5]
     assert recorder.of(Notice) == [Notice("warning", "toys: a.png is left out: no memory")]
+
+
+def test_images_and_their_references_are_sets_of_their_own() -> None:
+    """Both may lie in one folder."""
+    cache: Any = SimpleNamespace(
+        family=SimpleNamespace(spec=SimpleNamespace(name="toy")), set_fingerprint=lambda *parts: parts
+    )
+    dataset: Any = SimpleNamespace(id="toys", fingerprint="f")
+    sets = {latents.set_fingerprint(dataset, part, cache) for part in ("toys", "references")}
+    dataset.fingerprint = "g"
+    assert len(sets | {latents.set_fingerprint(dataset, "toys", cache)}) == 3
