@@ -147,6 +147,8 @@ def test_where_a_run_was_made_leaves_its_digest_as_it_is_and_how_does_not() -> N
     assert {digest(pretrained_model_name_or_path="elsewhere"), digest(output_dir="x"), digest(report_to="wandb")} == {
         plain
     }
+    machine = {"main_process_ip": "10.0.0.1", "main_process_port": 29500, "machine_rank": 1}
+    assert {digest(**{key: value}) for key, value in machine.items()} == {plain}
     assert digest(learning_rate=2e-4) != plain
 
 

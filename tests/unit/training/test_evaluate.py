@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from simpletuner import storage
 from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.training.evaluate import (
@@ -245,3 +246,12 @@ def test_an_evaluation_computes_in_the_number_format_of_training(tmp_path):
     run.evaluator = Noting()
     evaluate(run)
     assert seen == [torch.bfloat16]
+
+
+def test_the_best_checkpoint_of_a_skipped_step_is_of_the_step_before(tmp_path):
+    """The weights that were judged are those of the first step."""
+    options = {"eval_steps_interval": 1, "max_train_steps": 2}
+    run, _ = toy_run(tmp_path, ONE, spoiled=[1], losses=[3.0, 2.0, 1.0], **options)
+    run_training(run)
+    metadata = storage.read_manifest(tmp_path / "output" / "checkpoint-best").metadata
+    assert (metadata["global_step"], metadata["eval_loss"]) == (1, 1.0)

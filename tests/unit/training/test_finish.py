@@ -257,3 +257,13 @@ def test_the_weights_at_the_end_are_those_that_the_optimizer_is_there_to_find(tm
     monkeypatch.setattr(finish, "save_adapter", lambda run, folder: (saved.append((bool(inside), folder)), folder)[1])
     finish.save_weights(run)
     assert saved == [(True, run.session.output_dir), (False, run.session.output_dir / "ema")]
+
+
+@pytest.mark.parametrize("is_generated", [False, True])
+def test_an_end_without_its_last_images_is_none(tmp_path, monkeypatch, is_generated: bool):
+    run, _ = toy_run(tmp_path, ONE)
+    for name in ("has_final_weights", "has_outputs"):
+        monkeypatch.setattr(finish, name, lambda run: True)
+    assert finish.was_finished(run)  # nothing is generated in this run
+    run.validator = SimpleNamespace(has_generated=lambda step, ema: is_generated)  # type: ignore[assignment]
+    assert finish.was_finished(run) == is_generated
