@@ -168,7 +168,9 @@ def test_a_file_can_be_made_where_the_nearest_folder_that_is_there_can_be_writte
     assert is_writable(tmp_path / "not" / "there" / "a")
     assert asked == [(tmp_path, os.W_OK)]
     (tmp_path / "file").write_text("x")
+    asked.clear()
     assert not is_writable(tmp_path / "file")
+    assert asked == [(tmp_path / "file", os.W_OK)]
 
 
 @pytest.mark.parametrize(
@@ -227,3 +229,8 @@ def test_a_left_over_tells_its_machine_process_kind_and_name(tmp_path):
     assert parse_name(name) == StaleName(host, os.getpid(), second, None)
     assert parse_name(name + "-") is None
     assert parse_name("x" + name) is None
+
+
+def test_what_another_machine_has_just_renamed_may_still_be_worked_on(tmp_path):
+    foreign = StaleName("0" * 8, os.getpid(), 0, None)
+    assert foreign.is_owner_alive(tmp_path / "gone")

@@ -165,3 +165,31 @@ def test_generation_without_a_configuration_takes_the_family_s_defaults(tmp_path
     options = generation_options(OMNIGEN)
     assert (options.validation_resolution, options.validation_guidance) == ("1024x1024", 2.5)
     assert options.validation_noise_scheduler is None
+
+
+def test_the_run_of_an_average_in_a_checkpoint_is_found_and_no_further_folder_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "family_of_model", lambda model, family, **options: (model, family, options))
+    adapter = tmp_path / "output" / "checkpoint-4" / "ema" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    config = {"model_family": "flux", "clip_skip": 2}
+    lock = json.dumps({"config": config, "base": {"model": "base"}})
+    (tmp_path / "run.lock.json").write_text(lock)
+    with pytest.raises(ConfigError, match=r"no run\.lock\.json near"):
+        launch.family_of_export(adapter, None, None)
+    (tmp_path / "output" / "run.lock.json").write_text(lock)
+    model, family, options = launch.family_of_export(adapter, None, None)
+    assert (model, family, options["clip_skip"]) == ("base", "flux", 2)
+
+
+def test_a_number_format_of_the_command_line_wins_over_that_of_the_run(monkeypatch: pytest.MonkeyPatch):
+    import simpletuner.models.build
+    import simpletuner.training.preflight
+
+    monkeypatch.setattr(simpletuner.training.preflight, "check_model_folder", lambda loaded: None)
+    monkeypatch.setattr(simpletuner.models.build, "build_family", lambda config: config.precision.base_model_precision)
+    arguments = ["example=omnigen-tiny", "--base_model_precision=int8-quanto"]
+    loaded = load_arguments(arguments, {}, Path(), print, check_files=False)
+    assert launch.family_of_run(loaded) == "int8-quanto"
+    assert launch.family_of_run(loaded, "nf4-bnb") == "nf4-bnb"

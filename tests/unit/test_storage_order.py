@@ -92,6 +92,15 @@ def test_a_folder_is_on_the_disk_file_by_file_then_its_manifest_then_itself_then
     ]
 
 
+def test_folders_in_a_folder_are_on_the_disk_the_innermost_first_and_all_of_them(tmp_path, operations):
+    with storage.commit_dir(tmp_path / "a") as folder:
+        for name in ("b", "c/d"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "file").write_text("1")
+    folders = [name for call, name in operations if call == "fsync" and name.endswith("/")]
+    assert folders == ["TMP/c/d/", "TMP/c/", "TMP/b/", "TMP/", "./"]
+
+
 def test_files_of_a_folder_that_is_committed_are_brought_to_the_disk_once(tmp_path, operations):
     with storage.commit_dir(tmp_path / "a") as folder:
         storage.save_tensors(folder / "w.safetensors", {"weight": torch.ones(2)})
@@ -150,3 +159,14 @@ def test_a_move_is_on_the_disk_in_both_folders_when_it_returns(tmp_path, operati
     (tmp_path / "old/a").write_text("a")
     storage.move(tmp_path / "old/a", tmp_path / "new/a")
     assert operations == [("rename", "old/a -> new/a"), ("fsync", "new/"), ("fsync", "old/")]
+
+
+def test_a_damaged_folder_does_not_stay_in_place_of_an_equal_one(tmp_path):
+    """Also where the damage lies in a file that a quick check does not read."""
+    for _ in range(2):
+        with storage.commit_dir(tmp_path / "a") as folder:
+            (folder / "weights").write_bytes(bytes((1 << 20) + 1))
+        assert storage.verify_dir(tmp_path / "a") == []
+        with (tmp_path / "a" / "weights").open("r+b") as file:
+            file.write(b"x")
+    assert storage.verify_dir(tmp_path / "a", full=False) == []

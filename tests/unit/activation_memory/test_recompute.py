@@ -85,6 +85,14 @@ def test_an_input_that_needs_no_gradient_gets_none(name: str) -> None:
         assert [tensor.grad is not None for tensor in inputs] == [i == chosen for i in range(len(shapes))]
 
 
+def test_each_ingredient_gets_the_gradient_that_is_its_own() -> None:
+    """Also where one before it needs none: of a * b + c that to b is a."""
+    a, b, c = torch.full((2,), 3.0), torch.full((2,), 5.0, requires_grad=True), torch.zeros(2)
+    recomputed(lambda a, b, c: a * b + c, a, b, c).sum().backward()
+    assert b.grad is not None
+    assert b.grad.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_recomputed_blocks_and_used_twice_give_the_same_gradients(name: str) -> None:
     function, shapes = FUNCTIONS[name]

@@ -111,3 +111,11 @@ def test_lengths_under_autocast_are_those_of_float32() -> None:
     weight, down, up = (each.weight for each in (ours.base_layer, ours.lora_A["default"], ours.lora_B["default"]))
     length = (weight + 5 / RANK * up @ down).norm(dim=1)
     torch.testing.assert_close(expected, ours.lora_magnitude_vector["default"].weight / length, rtol=1e-5, atol=0)
+
+
+def test_outside_of_training_dropout_costs_no_second_product_of_the_base() -> None:
+    _, ours = dora(bias=True, dropout=0.5)
+    calls: list[None] = []
+    ours.get_base_layer().register_forward_hook(lambda *about: calls.append(None))
+    ours.eval()(torch.randn(TOKENS, WIDTH))
+    assert len(calls) == 1

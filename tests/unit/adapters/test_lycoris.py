@@ -195,6 +195,14 @@ def test_without_a_preset_all_linear_and_convolutional_layers_are_adapted() -> N
     assert {match.entry: match.modules for match in adapter.report} == expected
 
 
+def test_convolutions_are_adapted_unless_the_preset_says_otherwise() -> None:
+    """Those of the tiny model have kernels of 2 x 2."""
+    _, adapter = attach(with_preset(target_module=["Linear", "Conv2d"]))
+    assert [match.modules for match in adapter.report if match.entry == "Conv2d"] == [2]
+    with pytest.raises(ConfigError, match='"Conv2d" adapts no layer'):
+        attach(with_preset(target_module=["Linear", "Conv2d"], enable_conv=False))
+
+
 @pytest.mark.parametrize(
     ("preset", "key", "listed"),
     [

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from simpletuner.adapters import reading
 from simpletuner.adapters.lora import LoraSettings, attach_lora
 from simpletuner.adapters.metadata import adapter_metadata, is_of_first_version, run_metadata
 from simpletuner.adapters.weights import DOWN, UP, AdapterWeights
@@ -147,6 +148,8 @@ def test_where_a_run_was_made_leaves_its_digest_as_it_is_and_how_does_not() -> N
     assert {digest(pretrained_model_name_or_path="elsewhere"), digest(output_dir="x"), digest(report_to="wandb")} == {
         plain
     }
+    machine = {"main_process_ip": "10.0.0.1", "main_process_port": 29500, "machine_rank": 1}
+    assert {digest(**{key: value}) for key, value in machine.items()} == {plain}
     assert digest(learning_rate=2e-4) != plain
 
 
@@ -190,3 +193,18 @@ def test_the_header_of_a_lycoris_file_names_its_algorithm_and_settings() -> None
     assert plain["ss_network_module"] == spec.keys.kohya_network
     assert plain["ss_base_model_version"] == spec.keys.base_model_version
     assert "ss_network_args" not in plain
+
+
+def test_a_file_of_the_first_version_is_read_with_the_halves_as_diffusers_has_them(monkeypatch) -> None:
+    swapped: list[bool] = []
+
+    def note(spec: Any, denoiser: Any, swaps_last_block: bool) -> Any:
+        swapped.append(swaps_last_block)
+        raise LookupError
+
+    monkeypatch.setattr(reading, "module_names", note)
+    denoiser: Any = None
+    for metadata in ({"simpletuner": "{}"}, {"simpletuner": "{}", "simpletuner_file_version": "2"}, {}):
+        with pytest.raises(LookupError):
+            reading.adapter_from_tensors({}, metadata, get_spec("sd3"), denoiser, "a file")
+    assert swapped == [False, True, True]

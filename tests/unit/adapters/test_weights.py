@@ -134,6 +134,10 @@ def test_algorithms_are_reported_by_their_tensors():
         ({"hada_w1_a": matrix([1.0]), "hada_w2_a": matrix([2.0])}, {"hada_w1_a": matrix([3.0])}),
         ({"diff": matrix([1.0]), "diff_b": matrix([2.0])}, {"diff": matrix([3.0]), "diff_b": matrix([6.0])}),
         ({"w_norm": matrix([1.0])}, {"w_norm": matrix([3.0])}),
+        (
+            {"a1.weight": matrix([1.0]), "b1.weight": matrix([2.0]), "a2.weight": matrix([4.0])},
+            {"a1.weight": matrix([3.0]), "b1.weight": matrix([6.0])},
+        ),
         ({"on_input": matrix([1.0]), "weight": matrix([2.0])}, {"weight": matrix([6.0])}),
     ],
     ids=str,

@@ -156,3 +156,16 @@ def test_prompts_that_are_encoded_ahead_leave_the_memory_to_the_denoiser(family:
     assert len(family.calls) == 1
     assert lengths(ahead.embeds(["ccc", "ccc"])) == [3, 3]
     assert (len(family.calls), family.num_freed) == (2, 2)
+
+
+def test_what_is_encoded_amid_training_is_computed_as_before_it(family: Any) -> None:
+    """Encoders have a number format of their own: the autocast of a training step is none of theirs."""
+    seen: list[bool] = []
+    family.encode_prompts = lambda prompts, images: (
+        seen.append(torch.is_autocast_enabled("cpu")),
+        [PromptEmbeds({"embeds": torch.zeros(2)}) for _ in prompts],
+    )[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(list(encode(family, requests("a dog")))) == 1
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]

@@ -44,6 +44,7 @@ def test_a_masked_loss_is_the_mean_over_the_mask_and_not_over_the_image():
     mask = torch.tensor([[[[1.0, 0.0]]]])
     assert sample_means(errors, mask).tolist() == [3.0]
     assert sample_means(errors, 0.5 * torch.ones(1, 1, 1, 2)).tolist() == [5.0]
+    assert sample_means(errors, mask / 16).tolist() == [3.0]  # however faint it is
 
 
 def test_a_sample_with_an_empty_mask_counts_nothing():

@@ -26,6 +26,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.models.build import build_family
 from simpletuner.models.family import send
 from simpletuner.training import device_placement
+from tests.configs import config_of
 from tests.processes import in_processes
 from tests.runs import load_here, write_run
 
@@ -236,3 +237,46 @@ def test_processes_that_divide_by_the_shard_size_alone_make_a_mesh() -> None:
         make_mesh(ProcessGroup(0, 6, 0), torch.device("cpu"), 4)
     [problem] = caught.value.problems
     assert (problem.key, problem.message) == ("fsdp_shard_size", "4 does not divide the 6 processes")
+
+
+@pytest.mark.parametrize(("reshards", "offloads"), [(False, False), (True, True)])
+def test_what_the_options_of_fsdp_say_reaches_each_block(
+    monkeypatch: pytest.MonkeyPatch, reshards: bool, offloads: bool
+) -> None:
+    import torch.distributed.fsdp as fsdp
+
+    asked: list[tuple[bool | None, type]] = []
+
+    def note(module: nn.Module, reshard_after_forward: bool | None = None, **options: Any) -> None:
+        asked.append((reshard_after_forward, type(options["offload_policy"])))
+
+    monkeypatch.setattr(fsdp, "fully_shard", note)
+    monkeypatch.setattr(sharding, "_require_spread", lambda *about: None)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    shard_denoiser(
+        model,
+        ("Linear",),
+        SINGLE_PROCESS,
+        torch.device("cpu"),
+        whole=set(),
+        reshards=reshards,
+        offloads=offloads,
+        mesh=MagicMock(),
+    )
+    policy = fsdp.CPUOffloadPolicy if offloads else fsdp.OffloadPolicy
+    assert asked == [(reshards, policy), (reshards, policy), (None, policy)]
+
+
+def test_a_configuration_of_fsdp_is_how_the_denoiser_is_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(device_placement, "shard_denoiser", lambda *given, **options: asked.update(options))
+    options = {"fsdp_shard_size": 2, "fsdp_cpu_offload": True, "fsdp_reshard_after_forward": False}
+    config = config_of(fsdp_enable=True, num_processes=4, mixed_precision="bf16", **options)
+    family: Any = SimpleNamespace(spec=SimpleNamespace(block_classes=("Linear",)), device=torch.device("cpu"))
+    adapter: Any = SimpleNamespace(all_parameters=list, trainable_parameters=dict)
+    mesh = MagicMock()
+    device_placement.place_denoiser(config, family, nn.Linear(1, 1), adapter, ProcessGroup(0, 4, 0), mesh)
+    assert asked == {
+        **{"whole": set(), "shard_size": 2, "reshards": False, "offloads": True},
+        **{"computes_in": torch.bfloat16, "mesh": mesh},
+    }

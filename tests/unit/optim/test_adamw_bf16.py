@@ -144,3 +144,15 @@ def test_mixed_dtypes_and_missing_gradients_are_served() -> None:
     AdamWBF16(params, lr=0.1).step()
     changed = [not torch.equal(a, b) for a, b in zip(params, before, strict=True)]
     assert changed == [True, True, False]
+
+
+def test_weights_of_other_chunks_are_rounded_by_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw_bf16, "CHUNK_ELEMENTS", 500)
+    params = [nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    AdamWBF16(params, lr=2**-9, weight_decay=0.0).step()
+    # Half of a step of bfloat16 below 1: each weight goes there or stays, half of them by chance.
+    first, second = ((param < 1).float() for param in params)
+    assert abs(first.mean() - 0.5) < 0.1
+    assert abs((first == second).float().mean() - 0.5) < 0.1

@@ -73,6 +73,15 @@ def test_updates_keep_their_interval() -> None:
     assert ema.state_dict()["a"].tolist() == [1.0, 1.0]
 
 
+def test_the_ramp_counts_optimizer_steps_whatever_the_interval() -> None:
+    parameters = weights(0.0)
+    ema = EMA(parameters, decay=0.99, update_interval=10)
+    set_to(parameters, 1.0)
+    ema.update(parameters, 10)
+    # decay (1 + 10) / (10 + 10) = 0.55, so 0.45 of the way.
+    assert ema.state_dict()["a"].tolist() == pytest.approx([0.45] * 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapping_in_leaves_no_trace(dtype: torch.dtype) -> None:
     parameters = weights(0.3, dtype)

@@ -413,3 +413,17 @@ def test_a_kind_of_state_that_is_not_known_is_refused() -> None:
     state = {"w": {"exp_avg": {"packed": "OptimState2bit", "parts": {}, "context": []}}}
     with pytest.raises(DataError, match="OptimState2bit is not a kind of optimizer state"):
         load_optimizer_tensors(optimizer, parameters, {}, {"class": "SGD", "states": state, "groups": [{}]})
+
+
+def test_of_the_state_that_an_optimizer_had_nothing_is_left_when_another_one_is_loaded() -> None:
+    """A weight that had no gradient yet has no state in the file."""
+    parameters = named_weights()
+    optimizer = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
+    parameters["a.weight"].grad = torch.ones(3)
+    optimizer.step()
+    tensors, plain = optimizer_tensors(optimizer, parameters)
+    others = named_weights()
+    resumed = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), others)
+    train(resumed, others, range(1))
+    load_optimizer_tensors(resumed, others, tensors, plain)
+    assert list(resumed.state) == [others["a.weight"]]

@@ -238,7 +238,10 @@ def test_what_packing_saves_is_known_from_shapes(name: str) -> None:
     plain = num_bytes(Model())
     with torch.device("meta"):
         foreseen = saved_bytes(Model(), name, block_classes=("Block",))
+        without_gates = saved_bytes(Model(), name, ("Block",), kept=("*.gate",))
     assert num_bytes(quantize(Model(), name, block_classes=("Block",))) == plain - foreseen
+    packed = quantize(Model(), name, block_classes=("Block",), kept=("*.gate",))
+    assert num_bytes(packed) == plain - without_gates > plain - foreseen
 
 
 @pytest.mark.parametrize("name", PROMISED)
@@ -268,3 +271,26 @@ def test_a_format_whose_backward_pass_fails_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(QuantizedLinear, "gradient", fail)
     with pytest.raises(ConfigError, match="int8-quanto does not work on cpu here: no such product"):
         require_device(NumberFormats("int8-quanto"), torch.device("cpu"), torch.float32)
+
+
+def test_a_model_multiplies_in_8_bits_where_that_is_asked_for() -> None:
+    for asked in (False, True):
+        model = quantize(Model(), "int8-quanto", block_classes=("Block",), quantizes_activations=asked)
+        layers = quantized_layers(model)
+        assert [path for path, layer in layers.items() if layer.is_in_8_bits] == [
+            path for path in layers if asked and "odd" not in path
+        ]
+
+
+def test_a_gradient_is_of_the_weights_that_computed_though_the_layer_holds_others_by_then() -> None:
+    """Buffers of swapped blocks: `functional_call` gives the layer other parts than its own for a while."""
+    first, second = (QuantizedLinear(layer(torch.float32, 64, 32), get_format("int8-quanto")) for _ in range(2))
+    x = torch.randn(3, 64, requires_grad=True)
+    own = {name: buffer.clone() for name, buffer in first.named_buffers()}
+    for name, buffer in second.named_buffers():
+        buffer.copy_(own[name].flip(0))
+    output = torch.func.functional_call(first, dict(second.named_buffers()), x)
+    flipped = first.weight.flip(0)
+    torch.testing.assert_close(output, x @ flipped.T + first.bias)
+    [gradient] = torch.autograd.grad(output[:, 0].sum(), x)
+    torch.testing.assert_close(gradient, flipped[0].expand(3, 64))

@@ -326,6 +326,19 @@ def test_an_earlier_choice_stays_where_it_works(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("on_processor")
+def test_an_earlier_choice_goes_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, 2.0, 1.0, 1.0)
+
+    def missing(left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(products, "multiply", missing)
+    layer = packed()
+    choose_products(layer, ACCELERATOR, torch.float32, {"int8 48x64": ["direct", "copied"]}, is_timed=True)
+    assert layer.ways == UNPACKED
+
+
+@pytest.mark.usefixtures("on_processor")
 def test_where_nothing_is_timed_all_are_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = timed(monkeypatch, 1.0, 2.0, 2.0)
     layer = packed()

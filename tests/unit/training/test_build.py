@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from simpletuner import storage
+from simpletuner.config.optimizers import OPTIMIZERS
 from simpletuner.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from simpletuner.reporting.events import Notice, RunStarted
 from simpletuner.training import build
 from simpletuner.training.build import announce, build_evaluator, build_validator, describe_adapter, resume, run_length
 from simpletuner.training.evaluate import write_eval_history
 from simpletuner.training.loop import run_training
+from simpletuner.training.process import Process
 from simpletuner.training.start import Start
 from tests.configs import config_of
 from tests.toy import ToyDataset, toy_run
@@ -175,3 +180,96 @@ def test_a_resume_knows_the_eval_losses_up_to_its_step_and_says_where_it_stands(
     done, _ = toy_run(tmp_path, ONE, **options)
     resume(done, Start(history, tmp_path / "output/checkpoint-3", is_own=True, moves=False))
     assert done.is_complete
+
+
+@pytest.mark.parametrize("sizes", [1, 2])
+def test_a_run_has_the_seed_the_limits_and_the_sizes_of_its_configuration(tmp_path, monkeypatch, sizes: int) -> None:
+    options = {"seed": 7, "checkpoints_total_limit": 3, "pause_on_full_disk": True, "max_train_steps": 9}
+    toy, _ = toy_run(tmp_path, ONE, mixed_precision="fp16", **options)
+    datasets: Any = [ToyDataset({"a": (1.0, 3.0), "b": (1.0, 3.0)})]
+    datasets[0].kind = "image"
+    if sizes == 2:
+        datasets[0].buckets = {(8, 8): datasets[0].buckets[8, 8][:1], (8, 16): datasets[0].buckets[8, 8][1:]}
+    asked: list[Any] = []
+    family: Any = toy.model.family
+    family.number_formats = None
+    answers = {
+        **{"plan_start": Start(toy.session.checkpoints.history), "keep_choice": toy.loaded, "build_family": family},
+        **{"require_usable": None, "find_assistant": None, "prepare_datasets": datasets, "require_device": None},
+        **{"fit_into_memory": (toy.loaded, 5), "prepare_data": (datasets, {}), "build_sampler": toy.batches.sampler},
+        **{"build_evaluator": None, "build_validator": None, "resume": None},
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(build, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(build, "load_model", lambda *given: (asked.extend(given), toy.model)[1])
+    bus, stop = toy.session.bus, toy.session.stop
+    run = build.build_run(toy.loaded, Process(output_dir=toy.session.output_dir, bus=bus, stop=stop))
+    assert (run.seed, run.max_train_steps, run.session.checkpoints.limit) == (7, 9, 3)
+    assert run.session.pauses_on_full_disk
+    assert (run.progress.loss_scale.is_active, run.progress.loss_scale.scale) == (True, 65536)
+    assert asked[-2:] == [5, sizes == 2]  # the bytes of `memory`, and whether images come in several sizes
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_model_is_built_with_the_seed_the_strength_and_the_memory_that_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    """And it has an average, or the assistant, only where that is asked for."""
+    average = {"use_ema": True} if is_written else {}
+    run, _ = toy_run(tmp_path, ONE, seed=7, activation_memory="high", **average)
+    loaded = replace(run.loaded, config=run.loaded.config.with_values({"assistant_lora_strength": 0.25}))
+    asked: dict[str, Any] = {}
+    answers = {
+        **{"mesh_of": None, "must_take_turns": False, "attach_adapter": run.model.adapter, "describe_adapter": None},
+        **{"place_denoiser": run.model.placement, "choose_kernels": None, "compile_blocks": None},
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(build, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(build, "build_optimizer", lambda options, parameters, seed=0: asked.update(seed=seed))
+    monkeypatch.setattr(build, "attach_assistant", lambda base, file, strength, spec: asked.update(a=strength) or "one")
+    recomputing = SimpleNamespace(of=lambda config, device, limit, *rest: asked.update(limit=limit))
+    monkeypatch.setattr(build, "GradientCheckpointing", recomputing)
+    run.model.family.load_base = lambda: run.model.denoiser  # type: ignore[method-assign]
+    file = Path("assistant.safetensors") if is_written else None
+    model = build.load_model(loaded, run.model.family, run.session, None, 10, file, 5, has_sizes=False)
+    assert asked == {"seed": 7, "limit": 5} | ({"a": 0.25} if is_written else {})
+    assert (model.ema is not None) == is_written
+
+
+def test_an_epoch_that_is_shorter_now_ends_a_resumed_run_where_as_much_is_left(tmp_path: Path) -> None:
+    """Half of the first of two epochs is done: of two images in one batch that is none of it."""
+    two = {"a": (1.0, 3.0), "b": (1.0, 3.0)}
+    options = {"max_train_steps": 0, "num_train_epochs": 2, "checkpoint_step_interval": 1, "checkpoints_total_limit": 0}
+    run, _ = toy_run(tmp_path, two, train_batch_size=1, **options)
+    run_training(run)
+    other, _ = toy_run(tmp_path / "other", two, train_batch_size=2, **options)
+    resumed = run_length(other.config.training, other.batches.sampler, tmp_path / "output/checkpoint-1")
+    assert resumed.total_steps == 1 + 2
+
+
+def test_eval_losses_of_other_images_are_gone_from_the_folder_too(tmp_path: Path, monkeypatch) -> None:
+    options = {"max_train_steps": 2, "checkpoint_step_interval": 1}
+    run, _ = toy_run(tmp_path, ONE, **options)
+    run_training(run)
+    write_eval_history(run.session, {1: 0.5, 2: 0.25})
+    for name in ("announce", "write_lock"):
+        monkeypatch.setattr(build, name, lambda *given, **named: None)
+    monkeypatch.setattr(build, "is_comparable", lambda *given: False)
+    again, _ = toy_run(tmp_path, ONE, max_train_steps=3)
+    path = tmp_path / "output/checkpoint-2"
+    resume(again, Start(run.session.checkpoints.history, path, is_own=True, moves=False))
+    assert again.progress.eval_losses == {}
+    assert storage.read_json(tmp_path / "output" / "eval_losses.json")["losses"] == {}
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [("full", torch.bfloat16), ("lora", torch.float32)])
+def test_an_optimizer_is_tried_in_the_number_format_of_what_it_will_train(monkeypatch, model_type, dtype) -> None:
+    tried: list[Any] = []
+    for name in ("check_denoiser_file", "require_device", "require_compiler"):
+        monkeypatch.setattr(build, name, lambda *given: None)
+    monkeypatch.setattr(build, "require_optimizer", lambda options, device, dtype: tried.append(dtype))
+    name = next(name for name, row in OPTIMIZERS.items() if row.bf16_weights and name != "adamw_bf16")
+    loaded: Any = SimpleNamespace(config=config_of(model_type=model_type, mixed_precision="bf16", optimizer=name))
+    family: Any = SimpleNamespace(**dict.fromkeys(("source", "spec", "number_formats", "device", "dtype")))
+    build.require_usable(loaded, family)
+    assert tried == [dtype]

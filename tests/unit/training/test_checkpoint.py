@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.events import CheckpointSaved, Notice
 from simpletuner.training.build import checkpoint_plan
-from simpletuner.training.checkpoint import Checkpoints, load_checkpoint, read_state
+from simpletuner.training.checkpoint import (
+    Checkpoints,
+    checkpoint_content,
+    load_checkpoint,
+    read_state,
+    write_checkpoint,
+)
 from simpletuner.training.identity import refuse_changes
 from simpletuner.training.loop import run_training
 from simpletuner.training.run_history import RunHistory
@@ -390,3 +397,21 @@ def test_a_file_that_has_the_name_of_a_checkpoint_is_moved_and_not_lost(tmp_path
     run_training(run)
     assert run.session.checkpoints.has(1)
     assert [path.read_text() for path in tmp_path.glob("output/earlier-runs/*/checkpoint-1")] == ["the user's"]
+
+
+def test_counters_of_groups_are_kept_though_an_engine_keeps_the_other_states(tmp_path, monkeypatch):
+    run, _ = toy_run(tmp_path, ONE)
+    run.model.optimizer.param_groups[0]["k"] = 5  # as schedule-free optimizers count their steps
+    state: dict = {"class": "AdamW", "states": {}, "groups": [{}]}
+    monkeypatch.setattr(run.model.placement, "own_state", lambda: ({"weight//exp_avg": torch.zeros(2)}, state))
+    content = checkpoint_content(run)
+    assert content.plain["groups"] == [{"k": 5}]
+    assert list(content.optimizer) == ["weight//exp_avg"]
+
+
+def test_the_average_is_saved_with_the_weights_that_do_not_train(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, use_ema=True)
+    weights = {"weight": torch.tensor([1.0, 2.0]), "frozen": torch.tensor([3.0])}
+    write_checkpoint(run, tmp_path, replace(checkpoint_content(run), weights=weights))
+    saved = load_file(tmp_path / "ema" / run.model.adapter.file_name)
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {"weight": [0, 0], "frozen": [3]}

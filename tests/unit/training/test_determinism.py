@@ -38,6 +38,13 @@ def test_the_option_sets_all_that_torch_has_for_it(monkeypatch: pytest.MonkeyPat
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # of whoever calls
+    try:
+        with deterministic_kernels(True):
+            pass
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
 
@@ -99,6 +106,7 @@ def test_the_proof_of_a_file_computes_the_live_output_in_exact_float32(
     use_tf32(True)
     with exact_float32():
         assert precisions() == {"ieee"}
+    assert precisions() == {"tf32"}
 
 
 def test_what_two_devices_may_differ_by_follows_from_the_base_and_the_change() -> None:

@@ -67,3 +67,11 @@ def test_the_hub_cache_is_where_the_libraries_have_it(monkeypatch: pytest.Monkey
     assert hub_cache({"HF_HOME": "/a"}) == Path("/a/hub")
     assert hub_cache({"HF_HUB_CACHE": "/b", "HF_HOME": "/a"}) == Path("/b")
     assert hub_cache({"XDG_CACHE_HOME": "/c"}) == Path("/c/huggingface/hub")
+
+
+def test_of_a_model_that_nobody_knows_no_size_is_asked_for(tmp_path: Path, free):
+    """A full training of it writes its log at least."""
+    config = {"pretrained_model_name_or_path": "somebody/else", "model_type": "full"}
+    loaded = load_here(write_run(tmp_path, Path("unused"), **config))
+    free(40 << 20)
+    check_disk_space(loaded, {"HF_HOME": str(tmp_path / "hf")})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from simpletuner import storage
 from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, Notice
 from simpletuner.training.evaluate import (
@@ -231,3 +232,26 @@ def test_an_eval_loss_is_the_main_process_s_in_all_of_them(tmp_path):
     run.progress.global_step, run.session.process_group = 1, Second()
     evaluate(run)
     assert run.progress.eval_losses == {1: 7.0}
+
+
+def test_an_evaluation_computes_in_the_number_format_of_training(tmp_path):
+    run, _ = toy_run(tmp_path, ONE, mixed_precision="bf16", eval_steps_interval=1)
+    seen: list[Any] = []
+
+    class Noting(Judging):
+        def run(self, denoiser) -> EvalResult | None:
+            seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return super().run(denoiser)
+
+    run.evaluator = Noting()
+    evaluate(run)
+    assert seen == [torch.bfloat16]
+
+
+def test_the_best_checkpoint_of_a_skipped_step_is_of_the_step_before(tmp_path):
+    """The weights that were judged are those of the first step."""
+    options = {"eval_steps_interval": 1, "max_train_steps": 2}
+    run, _ = toy_run(tmp_path, ONE, spoiled=[1], losses=[3.0, 2.0, 1.0], **options)
+    run_training(run)
+    metadata = storage.read_manifest(tmp_path / "output" / "checkpoint-best").metadata
+    assert (metadata["global_step"], metadata["eval_loss"]) == (1, 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,3 +239,31 @@ def test_an_average_of_an_earlier_end_is_moved_aside_where_none_is_kept_now(tmp_
     finish.save_weights(run)
     assert not (tmp_path / "output" / "ema").exists()
     assert [path.read_text() for path in tmp_path.glob("output/earlier-runs/*/ema/weights")] == ["an average"]
+
+
+def test_the_weights_at_the_end_are_those_that_the_optimizer_is_there_to_find(tmp_path, monkeypatch):
+    """Those of a schedule-free optimizer are an average; the EMA is one of its own."""
+    run, _ = toy_run(tmp_path, ONE, use_ema=True)
+    saved: list[tuple[bool, Any]] = []
+    inside: list[None] = []
+
+    @contextmanager
+    def averaged(optimizer):
+        inside.append(None)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(finish, "averaged_weights", averaged)
+    monkeypatch.setattr(finish, "save_adapter", lambda run, folder: (saved.append((bool(inside), folder)), folder)[1])
+    finish.save_weights(run)
+    assert saved == [(True, run.session.output_dir), (False, run.session.output_dir / "ema")]
+
+
+@pytest.mark.parametrize("is_generated", [False, True])
+def test_an_end_without_its_last_images_is_none(tmp_path, monkeypatch, is_generated: bool):
+    run, _ = toy_run(tmp_path, ONE)
+    for name in ("has_final_weights", "has_outputs"):
+        monkeypatch.setattr(finish, name, lambda run: True)
+    assert finish.was_finished(run)  # nothing is generated in this run
+    run.validator = SimpleNamespace(has_generated=lambda step, ema: is_generated)  # type: ignore[assignment]
+    assert finish.was_finished(run) == is_generated

@@ -201,3 +201,65 @@ def test_a_set_of_which_an_image_cannot_be_encoded_is_not_noted_as_complete(tmp_
     }
     assert noted == [5]
     assert recorder.of(Notice) == [Notice("warning", "toys: a.png is left out: no memory")]
+
+
+def test_images_and_their_references_are_sets_of_their_own() -> None:
+    """Both may lie in one folder."""
+    cache: Any = SimpleNamespace(
+        family=SimpleNamespace(spec=SimpleNamespace(name="toy")), set_fingerprint=lambda *parts: parts
+    )
+    dataset: Any = SimpleNamespace(id="toys", fingerprint="f")
+    sets = {latents.set_fingerprint(dataset, part, cache) for part in ("toys", "references")}
+    dataset.fingerprint = "g"
+    assert len(sets | {latents.set_fingerprint(dataset, "toys", cache)}) == 3
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_new_prompt_of_validation_is_another_set_of_texts(monkeypatch: pytest.MonkeyPatch, sees: bool) -> None:
+    """It is encoded before the denoiser takes the memory, though all captions are there."""
+    spec = SimpleNamespace(prompts_see_references=sees, drops_references=True)
+    cache: Any = SimpleNamespace(family=SimpleNamespace(spec=spec), set_fingerprint=lambda *facts: repr(facts))
+    loaded: Any = SimpleNamespace(config=config_of())
+    datasets: Any = [SimpleNamespace(fingerprint="a")]
+    found = set()
+    for text in ("a dog", "a cat"):
+        monkeypatch.setattr(prompts, "fixed_prompts", lambda *given, text=text: [SimpleNamespace(text=text, images=[])])
+        found.add(prompts._set_fingerprint(loaded, cache, datasets))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_latents_are_written_and_remembered_as_their_dataset_says(tmp_path: Path, monkeypatch, is_on: bool) -> None:
+    for name, answer in {"fingerprint_of_vae": "f", "latents_folder": tmp_path / "cache"}.items():
+        monkeypatch.setattr(latents, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(latents, "LazyVae", lambda family: SimpleNamespace(load=None, free=lambda: None))
+    monkeypatch.setattr(latents, "fill_caches", lambda dataset, *given: dataset)
+    part = SimpleNamespace(id="toys", entry=None, read_pixels=None)
+    draws = SimpleNamespace(crops=is_on)
+    dataset: Any = SimpleNamespace(
+        parts=[part], keeps_latents=is_on, samples=SimpleNamespace(draws=draws), encodes_on_demand=False
+    )
+    family: Any = SimpleNamespace(spec=None, vae_config={})
+    process = Process(output_dir=tmp_path, bus=EventBus([Recorder()]), stop=StopRequest())
+    _, sources = latents.prepare_latents(config_of(cache_dir=str(tmp_path)), family, [dataset], process)
+    assert (sources["toys"].keeps, sources["toys"].resamples) == (is_on, is_on)
+    sources["toys"].cache.store.close()
+
+
+def test_a_cache_is_filled_in_batches_of_the_size_that_is_written(tmp_path: Path, monkeypatch) -> None:
+    for name, answer in {"KeptSamples": [1], "adopt_latents": 0, "set_fingerprint": "key"}.items():
+        monkeypatch.setattr(latents, name, lambda *given, answer=answer: answer)
+    sizes: list[int] = []
+
+    def fill(images: Any, load: Any, batch_size: int, *rest: Any) -> Any:
+        sizes.append(batch_size)
+        return SimpleNamespace(unusable=(), num_encoded=1, num_cached=0)
+
+    store = SimpleNamespace(complete=lambda key: None, note_complete=lambda key, count: None)
+    cache = SimpleNamespace(store=store, fill=fill)
+    source: Any = SimpleNamespace(cache=cache, images=SimpleNamespace(read_pixels=None), batch_size=6)
+    dataset: Any = SimpleNamespace(parts=[SimpleNamespace(id="toys")])
+    vae: Any = SimpleNamespace(load=None)
+    process = Process(output_dir=tmp_path, bus=EventBus([Recorder()]), stop=StopRequest())
+    latents.fill_caches(dataset, {"toys": source}, vae, tmp_path, process)
+    assert sizes == [6]

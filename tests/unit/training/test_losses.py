@@ -116,6 +116,7 @@ def test_low_frequencies_keep_waves_that_are_long_enough() -> None:
     places = torch.arange(16.0)
     long, short = (torch.cos(2 * torch.pi * k * places / 16).expand(1, 1, 16, 16) for k in (2, 7))
     torch.testing.assert_close(low_frequencies(long + short + 3), long + 3, rtol=0, atol=1e-5)
+    torch.testing.assert_close(low_frequencies((long + short + 3).mT), long.mT + 3, rtol=0, atol=1e-5)
 
 
 def test_drift_weighs_where_it_is_and_on_average_one_more() -> None:

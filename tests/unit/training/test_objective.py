@@ -151,6 +151,11 @@ def test_a_bias_covers_the_portion_that_is_written(tmp_path, options, expected) 
         ({"flow_logit_mean": -0.5}, SigmaSchedule("logit_normal", mean=-0.5)),
         ({"flow_use_mode_schedule": True, "flow_mode_scale": 0.5}, SigmaSchedule("mode", mode_scale=0.5)),
         ({"flow_schedule_terminal": 0.02}, SigmaSchedule("family", terminal=0.02)),
+        ({"flow_schedule_shift": 3.0}, SigmaSchedule("logit_normal", shift=3.0)),
+        (
+            {"flow_schedule_shift": 3.0, "flow_use_uniform_schedule": True},
+            SigmaSchedule("uniform", shift=3.0),
+        ),
         (
             {"flow_schedule_auto_shift": True, "flow_schedule_auto_shift_curve": "sqrt"},
             SigmaSchedule("logit_normal", shifts_by_size=True, curve="sqrt"),

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from simpletuner.batch import Crop, PromptEmbeds
+from simpletuner.config.layers import Origin
 from simpletuner.training.planning import settings as planning
 from simpletuner.training.planning.encoding import EncodingCost, TextCost, choose_texts, largest_references
 from simpletuner.training.planning.loads import _prompts_of_files, largest_load
+from simpletuner.training.planning.memory import largest_encoded
 from simpletuner.training.planning.settings import Cost, Room
+from simpletuner.training.planning.shapes import Load
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -284,3 +287,19 @@ def test_a_written_option_without_which_it_would_fit_is_named(stage: Any) -> Non
     [problem] = both.choose().lacking
     assert problem.fix.startswith("remove a (")
     assert ", b (" in problem.fix
+
+
+def test_what_a_family_prefers_was_written_by_nobody() -> None:
+    kinds = ("default", "family", "file", "environment", "command line", "memory")
+    found = [planning.is_written(SimpleNamespace(origin=lambda key, kind=kind: Origin(kind)), "a") for kind in kinds]
+    assert found == [False, False, True, True, True, True]
+
+
+def test_references_count_where_the_largest_is_looked_for() -> None:
+    """Twice 8 x 16 and a reference of 4 x 4: 288 pixels; and a reference may be the largest that a VAE sees."""
+    assert Load(2, 8, 16, references=((4, 4),)).num_pixels == 288
+    guide = SimpleNamespace(crop=Crop(64, 96, 0, 0, 64, 96))
+    rows = [SimpleNamespace(references=(guide,))]
+    plain, guided = dataset(sizes=((32, 64), (64, 64))), dataset(samples=rows, references=("guides",), sizes=((8, 8),))
+    assert largest_encoded([plain]) == (64, 64)
+    assert sorted(largest_encoded([plain, guided])) == [64, 96]

@@ -17,7 +17,7 @@ from simpletuner.reporting.events import PhaseProgress, PhaseStarted
 from simpletuner.training.phases import phase
 from simpletuner.training.prepare import check_sizes, require_full_batches, require_training, with_holdout
 from tests.configs import config_of
-from tests.toy import Recorder
+from tests.toy import Recorder, ToyDataset
 from tests.unit.data.images import build_datasets, options, write_image
 
 
@@ -114,3 +114,13 @@ def test_a_phase_counts_and_says_what_came_of_it() -> None:
     assert progress == [PhaseProgress("encoding", 1), PhaseProgress("encoding", 4)]
     assert (done.name, done.summary) == ("encoding", "4 images")
     assert 0 <= done.seconds < 60
+
+
+def test_a_dataset_that_draws_with_replacement_fills_every_batch() -> None:
+    config = config_of(allow_dataset_oversubscription=False, train_batch_size=2)
+    dataset: Any = ToyDataset({"a": (1.0, 3.0)})
+    dataset.kind = "image"
+    with pytest.raises(DataError, match="buckets with fewer images than a batch of 2"):
+        require_full_batches(config, [dataset], None)
+    dataset.with_replacement = True
+    require_full_batches(config, [dataset], None)

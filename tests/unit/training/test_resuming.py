@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -255,3 +256,10 @@ def test_weights_that_have_no_place_are_named() -> None:
     with pytest.raises(ConfigError, match=r"1 weights have no place, such as a\.w") as caught:
         compare_identity(identity(), now, Path("checkpoint-4"))
     assert caught.value.problems[0].key == "resume_from_checkpoint"
+
+
+def test_what_a_resume_is_compared_with_has_the_file_of_lycoris_and_the_processes() -> None:
+    loaded: Any = SimpleNamespace(config=config_of(), lycoris={"factor": 4})
+    facts = run_identity(loaded, [], {"weight": [2]}, 3)
+    assert facts["fixed"]["lycoris_config"] == fixed_settings(loaded)["lycoris_config"] == {"factor": 4}
+    assert (facts["fixed"]["parameters"], facts["told"]["processes"]) == ({"weight": [2]}, 3)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from simpletuner import storage
 from simpletuner.errors import DataError
 from simpletuner.training.checkpoint import Checkpoints
-from simpletuner.training.earlier_runs import delete_command, earlier_size, finish_move, move_aside, move_earlier
+from simpletuner.training.earlier_runs import Move, delete_command, earlier_size, finish_move, move_aside, move_earlier
 from simpletuner.training.run_files import belongings, final_step, read_data_reports, step_of
 from simpletuner.training.run_history import (
     Branch,
@@ -356,3 +356,28 @@ def test_a_folder_that_a_network_shows_under_another_number_is_the_same_one(tmp_
 
     monkeypatch.setattr(Path, "stat", away)
     assert guard.is_there()
+
+
+def test_a_move_that_is_finished_later_leaves_the_records_of_before(tmp_path: Path):
+    """They were copied before the first file was moved; what a later program wrote is none of them."""
+    used_folder(tmp_path)
+    folder = tmp_path / "earlier-runs" / "1-run"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("of before")
+    move = Move("1-run", 2, None)
+    storage.write_json(tmp_path / "run_history.json", {**HISTORY.to_json(), "moving": move.to_json()})
+    assert finish_move(tmp_path) is not None
+    assert (folder / "metrics.jsonl").read_text() == "of before"
+    assert (folder / "metrics.csv").read_bytes() == (tmp_path / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("written", "folder"), [("../../else/where", "where"), ("/etc", "etc"), ("..", None), ("", None)]
+)
+def test_a_move_goes_into_earlier_runs_whatever_is_written(written: str, folder: str | None):
+    noted = {"folder": written, "after_step": None, "history": None}
+    if folder is None:
+        with pytest.raises(ValueError, match="not a move into earlier-runs/"):
+            Move.from_json(noted)
+    else:
+        assert Move.from_json(noted).folder == folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ import torch
 from simpletuner import storage
 from simpletuner.distributed.process_group import SINGLE_PROCESS
 from simpletuner.errors import ConfigError
+from simpletuner.training import start as start_module
 from simpletuner.training.checkpoint import load_checkpoint
 from simpletuner.training.earlier_runs import write_run_history
 from simpletuner.training.loop import run_training
+from simpletuner.training.run_history import RunHistory
 from simpletuner.training.start import LATER, Start, begin_in_folder, plan_start
+from tests.configs import config_of
 from tests.toy import load_toy, toy_run
 
 ONE = {"a": (1.0, 3.0)}
@@ -145,3 +150,30 @@ def test_going_back_moves_a_later_checkpoint_whose_manifest_is_damaged_too(tmp_p
         "checkpoint-2",
         "checkpoint-3",
     ]
+
+
+def test_a_resume_is_compared_as_memory_chose_for_its_checkpoint(tmp_path, monkeypatch) -> None:
+    """Else a run whose settings were chosen could not go on where another machine has less memory."""
+    seen: list[Any] = []
+    answers = {"read_state": {"identity": {"fixed": {}}}, "keep_choice": "as it was chosen"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(start_module, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(start_module, "fixed_settings", lambda loaded: loaded)
+    monkeypatch.setattr(start_module, "refuse_changes", lambda saved, current, path: seen.append(current))
+    storage.write_json(tmp_path / "config.json", {})
+    loaded: Any = SimpleNamespace(config=config_of(model_type="full"))
+    start_module._refuse_other_options(loaded, tmp_path)
+    assert seen == ["as it was chosen"]
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_all_processes_know_whose_checkpoint_it_is(tmp_path, monkeypatch, is_own: bool) -> None:
+    planned = Start(RunHistory.new(), tmp_path, is_own)
+    monkeypatch.setattr(start_module, "_plan_here", lambda *given: planned)
+    said: list[Any] = []
+    main: Any = SimpleNamespace(is_main=True, size=2, rank=0, from_main=lambda value: said.append(value) or value)
+    other: Any = SimpleNamespace(is_main=False, size=2, rank=1, from_main=lambda value: said[0])
+    loaded: Any = None
+    assert plan_start(loaded, tmp_path, main) is planned
+    found = plan_start(loaded, tmp_path, other)
+    assert (found.history, found.resume_from, found.is_own) == (planned.history, tmp_path, is_own)

@@ -163,6 +163,32 @@ def test_a_block_that_is_not_recomputed_fetches_its_weights_again() -> None:
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
+class CountingLane(SameLane):
+    """How many copies there were."""
+
+    count = 0
+
+    def copy(self, function: Callable[[], object]) -> Any:
+        self.count += 1
+        return super().copy(function)
+
+
+def test_blocks_of_which_none_is_recomputed_fetch_their_weights_and_their_neighbor_s_once_in_each_pass() -> None:
+    """Six copies on the way there. On the way back the last two blocks are on the device still."""
+    found = []
+    for swaps in (False, True):
+        torch.manual_seed(0)
+        toy, lane = Toy(6), CountingLane()
+        toy.blocks.requires_grad_(False)
+        if swaps:
+            SwappedBlocks(list(toy.blocks), CPU, lane)
+        toy(torch.ones(2, 6), lambda block, x: block(x)).square().sum().backward()
+        found.append([each.grad.clone() for each in toy.trained])
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+    assert lane.count == 6 + 4
+
+
 def test_offloaded_inputs_leave_beside_the_computation_two_at_a_time_and_come_back_in_advance() -> None:
     for seed in range(20):
         streams = FakeStreams()
