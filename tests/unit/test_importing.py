@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,8 @@ def test_the_collector_is_on_after_an_import_that_fails():
     with pytest.raises(ModuleNotFoundError):
         import_class("simpletuner.no_such_module.Name")
     assert gc.isenabled()
+
+
+def test_importing_storage_imports_no_torch():
+    code = "import sys, simpletuner.storage; assert 'torch' not in sys.modules and 'safetensors' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -362,11 +362,6 @@ def test_too_little_space_is_reported_in_bytes_before_anything_is_written(tmp_pa
         storage.require_free_space(tmp_path / "not" / "there", 1 << 60, "a test")
 
 
-def test_importing_storage_imports_no_torch():
-    code = "import sys, simpletuner.storage; assert 'torch' not in sys.modules and 'safetensors' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_a_writer_that_opens_files_itself_gets_all_of_them_committed(tmp_path):
     with storage.replacing_file(tmp_path / "adapter.safetensors") as temporary:
         temporary.write_text("weights")

@@ -21,7 +21,6 @@ from simpletuner.optim.optimizers import build_optimizer
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import Notice
 from simpletuner.training import fitting
-from simpletuner.training import memory as process_memory
 from simpletuner.training.device_placement import place_denoiser
 from simpletuner.training.gradient_checkpointing import GradientCheckpointing, MeasuredMemory
 from simpletuner.training.planning import settings as planning
@@ -482,26 +481,6 @@ def test_a_number_is_all_that_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> No
     assert Room.of("auto", torch.device("cuda")).limit == 20 * GIB
     assert Room.of("100", torch.device("cuda")).limit == 20 * GIB
     assert Room.of_other("8", 24 * GIB).device == int(0.94 * (8 * GIB - round(0.6 * GIB)))
-
-
-def test_torch_may_take_no_more_of_a_gpu_than_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drivers of Windows would go on in main memory."""
-    asked = []
-    cuda = SimpleNamespace(
-        mem_get_info=lambda device: (6 * GIB, 8 * GIB),
-        set_per_process_memory_fraction=lambda share, device: asked.append(share),
-    )
-    monkeypatch.setattr(process_memory.torch, "cuda", cuda)
-    process_memory.keep_within(6 * GIB, torch.device("cuda"))
-    process_memory.keep_within(16 * GIB, torch.device("cuda"))
-    assert asked == [0.75, 1.0]
-
-
-def test_a_limit_on_the_cpu_gives_back_what_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(process_memory, "give_back_at_once", lambda: calls.append("given back"))
-    process_memory.keep_within(1, torch.device("cpu"))
-    assert calls == ["given back"]
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "much", "nan"])
