@@ -19,6 +19,7 @@ from simpletuner.training.build import announce, build_evaluator, build_validato
 from simpletuner.training.evaluate import write_eval_history
 from simpletuner.training.loop import run_training
 from simpletuner.training.process import Process
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.start import Start
 from tests.configs import config_of
 from tests.toy import ToyDataset, toy_run
@@ -203,7 +204,7 @@ def test_a_run_has_the_seed_the_limits_and_the_sizes_of_its_configuration(tmp_pa
         monkeypatch.setattr(build, name, lambda *given, answer=answer: answer)
     monkeypatch.setattr(build, "load_model", lambda *given: (asked.extend(given), toy.model)[1])
     bus, stop = toy.session.bus, toy.session.stop
-    run = build.build_run(toy.loaded, Process(output_dir=toy.session.output_dir, bus=bus, stop=stop))
+    run = build.build_run(toy.loaded, Process(guard=FolderGuard(toy.session.output_dir), bus=bus, stop=stop))
     assert (run.seed, run.max_train_steps, run.session.checkpoints.limit) == (7, 9, 3)
     assert run.session.pauses_on_full_disk
     assert (run.progress.loss_scale.is_active, run.progress.loss_scale.scale) == (True, 65536)

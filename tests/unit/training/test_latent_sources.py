@@ -240,7 +240,7 @@ def test_latents_are_written_and_remembered_as_their_dataset_says(tmp_path: Path
         parts=[part], keeps_latents=is_on, samples=SimpleNamespace(draws=draws), encodes_on_demand=False
     )
     family: Any = SimpleNamespace(spec=None, vae_config={})
-    process = Process(output_dir=tmp_path, bus=EventBus([Recorder()]), stop=StopRequest())
+    process = Process(guard=FolderGuard(tmp_path), bus=EventBus([Recorder()]), stop=StopRequest())
     _, sources = latents.prepare_latents(config_of(cache_dir=str(tmp_path)), family, [dataset], process)
     assert (sources["toys"].keeps, sources["toys"].resamples) == (is_on, is_on)
     sources["toys"].cache.store.close()
@@ -260,6 +260,6 @@ def test_a_cache_is_filled_in_batches_of_the_size_that_is_written(tmp_path: Path
     source: Any = SimpleNamespace(cache=cache, images=SimpleNamespace(read_pixels=None), batch_size=6)
     dataset: Any = SimpleNamespace(parts=[SimpleNamespace(id="toys")])
     vae: Any = SimpleNamespace(load=None)
-    process = Process(output_dir=tmp_path, bus=EventBus([Recorder()]), stop=StopRequest())
+    process = Process(guard=FolderGuard(tmp_path), bus=EventBus([Recorder()]), stop=StopRequest())
     latents.fill_caches(dataset, {"toys": source}, vae, tmp_path, process)
     assert sizes == [6]

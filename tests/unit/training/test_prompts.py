@@ -13,6 +13,7 @@ from simpletuner.batch import PromptRequest
 from simpletuner.reporting.bus import EventBus
 from simpletuner.training import prompts
 from simpletuner.training.process import Process
+from simpletuner.training.run_history import FolderGuard
 from simpletuner.training.signals import StopRequest
 from tests.configs import config_of
 from tests.toy import Recorder
@@ -65,7 +66,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) ->
     for name, answer in {"open_prompt_cache": cache, "_set_fingerprint": "key"}.items():
         monkeypatch.setattr(prompts, name, lambda *given, answer=answer: answer)
     monkeypatch.setattr(prompts, "run_prompts", lambda *given: map(PromptRequest, ("a", "b", "b", "c", "d")))
-    process = Process(output_dir=tmp_path, bus=EventBus([Recorder()]), stop=StopRequest(), process_group=second)
+    process = Process(guard=FolderGuard(tmp_path), bus=EventBus([Recorder()]), stop=StopRequest(), process_group=second)
     prompts.prepare_prompts(loaded_with(**options), family, [], process)
     return cache, family
 
