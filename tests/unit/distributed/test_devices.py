@@ -280,3 +280,33 @@ def test_a_configuration_of_fsdp_is_how_the_denoiser_is_spread(monkeypatch: pyte
         **{"whole": set(), "shard_size": 2, "reshards": False, "offloads": True},
         **{"computes_in": torch.bfloat16, "mesh": mesh},
     }
+
+
+@pytest.mark.parametrize(("limit", "told"), [(0.5, 0.5), (0.0, 0.0)])
+def test_deepspeed_is_told_how_often_gradients_add_up_and_where_they_are_clipped(
+    limit: float, told: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(device_placement, "Zero", lambda *given, **options: asked.update(options))
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    options = {"deepspeed_config": str(tmp_path / "zero.json"), "num_processes": 2, "gradient_accumulation_steps": 3}
+    family: Any = SimpleNamespace(device=torch.device("cpu"))
+    adapter: Any = SimpleNamespace(trainable_parameters=dict)
+    config = config_of(**options, max_grad_norm=limit)
+    device_placement.place_denoiser(config, family, nn.Linear(1, 1), adapter, ProcessGroup(0, 2, 0))
+    assert asked == {"accumulation": 3, "max_grad_norm": told, "is_adapter": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 0), ({"musubi_blocks_to_swap": 2}, 2), ({"enable_group_offload": True}, 3)]
+)
+def test_as_many_blocks_are_swapped_as_are_asked_for_and_all_with_group_offload(
+    options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(device_placement, "move_with_swap", lambda *given: asked.append(given))
+    device, denoiser = torch.device("cpu"), nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)), nn.ReLU())
+    family: Any = SimpleNamespace(spec=SimpleNamespace(block_classes=("Linear",)), device=device)
+    adapter: Any = SimpleNamespace(trainable_parameters=dict)
+    device_placement.place_denoiser(config_of(**options), family, denoiser, adapter, SINGLE_PROCESS)
+    assert asked == [(denoiser, ("Linear",), expected, device)]

@@ -316,3 +316,17 @@ def test_who_asks_where_a_run_is_does_not_ask_it_to_stop():
         signal.raise_signal(signal.SIGTERM)
         assert (forwarded, received) == ([signal.SIGUSR1, signal.SIGTERM], [signal.SIGTERM])
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_the_end_of_a_terminal_goes_on_to_the_processes_but_for_a_run_under_nohup(ignores: bool) -> None:
+    forwarded: list[int] = []
+    process = SimpleNamespace(poll=lambda: None, send_signal=forwarded.append)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores else signal.SIG_DFL)
+    try:
+        with launcher._forwarded_signals([process]) as received:
+            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == ignores
+            signal.raise_signal(signal.SIGHUP)
+        assert received == forwarded == ([] if ignores else [signal.SIGHUP])
+    finally:
+        signal.signal(signal.SIGHUP, before)
