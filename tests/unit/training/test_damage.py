@@ -12,6 +12,7 @@ import pytest
 from simpletuner import storage
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.training.checkpoint import Checkpoints
+from simpletuner.training.damage import why_unreadable
 
 
 def folder_of(output: Path, step: int) -> Path:
@@ -152,3 +153,12 @@ def test_a_large_file_is_read_before_a_run_goes_on_from_it(tmp_path, wanted):
     else:
         with pytest.raises(ConfigError, match="checkpoint-2 is damaged"):
             checkpoints.choose(wanted)
+
+
+@pytest.mark.parametrize(("number", "is_damaged"), [(errno.ENOENT, True), (errno.ENOTDIR, True), (errno.EIO, False)])
+def test_a_file_that_is_gone_when_it_is_opened_is_damage_and_a_faulty_disk_is_none(
+    tmp_path, monkeypatch, number, is_damaged
+):
+    path = folder_of(tmp_path, 4)
+    refuse_reading(monkeypatch, path / "weights", number)
+    assert why_unreadable(path) == (None if is_damaged else f"weights: {os.strerror(number)}")

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from simpletuner.batch import Crop, PromptEmbeds
 from simpletuner.config.layers import Origin
+from simpletuner.training.planning import memory
 from simpletuner.training.planning import settings as planning
 from simpletuner.training.planning.encoding import EncodingCost, TextCost, choose_texts, largest_references
 from simpletuner.training.planning.loads import _prompts_of_files, largest_load
-from simpletuner.training.planning.memory import largest_encoded
+from simpletuner.training.planning.memory import Row, largest_encoded, memory_rows, on_demand_bytes
 from simpletuner.training.planning.settings import Cost, Room
 from simpletuner.training.planning.shapes import Load
+from tests.configs import config_of
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -303,3 +306,54 @@ def test_references_count_where_the_largest_is_looked_for() -> None:
     plain, guided = dataset(sizes=((32, 64), (64, 64))), dataset(samples=rows, references=("guides",), sizes=((8, 8),))
     assert largest_encoded([plain]) == (64, 64)
     assert sorted(largest_encoded([plain, guided])) == [64, 96]
+
+
+@pytest.mark.parametrize(("room", "expected"), [(ROOMY, Cost(7 + 3, 20 + 8)), (TIGHT, Cost(7 + 3 + 20 + 8))])
+def test_what_waits_in_main_memory_counts_where_that_is_the_device_s_own(
+    room: Room, expected: Cost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 bytes of swapped blocks, inputs of 3 and 5; rows of 7, and 3 of encoders. The whole denoiser has 8."""
+    shapes = SimpleNamespace(activations=SimpleNamespace(inputs=[3, 5]), swapped_bytes=20)
+    monkeypatch.setattr(planning, "settled", lambda given, *others: given)
+    monkeypatch.setattr(planning, "_configured", lambda family, loaded: family)
+    monkeypatch.setattr(planning, "memory_rows", lambda *given: ([Row("weights", 7)], []))
+    facts = {"family": None, "encoders": 3, "on_demand": 0, "shapes": lambda loaded: shapes}
+    stage = bare(planning._Training, room=room, denoiser=nn.Linear(1, 1), **facts)
+    model = {"gradient_checkpointing": True, "gradient_checkpointing_backend": "unsloth"}
+    assert stage.cost(SimpleNamespace(config=config_of(**model))) == expected
+    plain = SimpleNamespace(config=config_of(gradient_checkpointing=True))
+    assert stage.cost(plain).device + stage.cost(plain).main == 7 + 3 + 20
+
+
+def test_no_more_is_planned_with_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "device_memory", lambda device: 20 * GIB)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=2 * GIB))
+    monkeypatch.setattr(planning.psutil, "Process", lambda: process)
+    assert Room.of("100", torch.device("cpu")) == Room(int(0.94 * 20 * GIB), None, 22 * GIB)
+    assert Room.of("100", torch.device("cuda")).device == int(0.94 * 20 * GIB)
+
+
+def test_the_assistant_and_copies_in_16_bits_of_float32_weights_have_their_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "assistant.safetensors").write_bytes(bytes(77))
+    monkeypatch.setattr(memory, "find_assistant", lambda config, fetches: tmp_path / "assistant.safetensors")
+    monkeypatch.setattr(memory, "quantizes_activations", lambda formats: False)
+    monkeypatch.setattr(memory, "activation_rows", lambda *given: (Row("activations", 0), []))
+    trained = {"a": torch.zeros(100), "b": torch.zeros(50, dtype=torch.bfloat16)}
+    numbers = dict.fromkeys(("frozen_bytes", "swapped_bytes", "optimizer", "unpacked", "update"), 0)
+    shapes: Any = SimpleNamespace(trained=trained, trained_bytes=500, activations=None, least=None, **numbers)
+    for mixed_precision, copies in (("bf16", {"16-bit copies of trained weights": 200}), ("no", {})):
+        loaded: Any = SimpleNamespace(config=config_of(mixed_precision=mixed_precision))
+        rows, _ = memory_rows(loaded, SimpleNamespace(number_formats=None), shapes, 0, 1000)
+        found = {row.name: row.num_bytes for row in rows}
+        weights = {"trained weights": 500, "gradients": 500}
+        assert found == {**weights, "assistant LoRA, frozen": 77, **copies}
+
+
+def test_the_vae_counts_beside_the_steps_where_images_are_encoded_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "encode_bytes", lambda family, height, width, count: height * width * count)
+    before = dataset(sizes=((64, 64),), encodes_on_demand=False)
+    beside = dataset(sizes=((16, 32),), encodes_on_demand=True)
+    assert on_demand_bytes(None, [before], 4) == 0
+    assert on_demand_bytes(None, [before, beside], 4) == 16 * 32 * 4

@@ -58,7 +58,8 @@ def test_going_back_drops_the_branches_that_begin_later(step: int, kept: list[st
 
 
 def test_a_history_survives_json():
-    assert RunHistory.from_json(json.loads(json.dumps(HISTORY.to_json()))) == HISTORY
+    for history in (HISTORY, RunHistory("run", HISTORY.branches, adopts_unmarked=True)):
+        assert RunHistory.from_json(json.loads(json.dumps(history.to_json()))) == history
     for damaged in ({}, [], {"run": "a", "branches": [], "adopts_unmarked": False}, {"run": "a", "branches": [1]}):
         with pytest.raises(ValueError, match="history"):
             RunHistory.from_json(damaged)
