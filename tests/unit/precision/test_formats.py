@@ -14,6 +14,7 @@ from simpletuner.precision.mixed import DTYPES, autocast
 from simpletuner.precision.products import UNPACKED
 from simpletuner.precision.quantize import (
     NumberFormats,
+    copy_unpacked,
     get_format,
     quantize,
     quantized_layers,
@@ -294,3 +295,18 @@ def test_a_gradient_is_of_the_weights_that_computed_though_the_layer_holds_other
     torch.testing.assert_close(output, x @ flipped.T + first.bias)
     [gradient] = torch.autograd.grad(output[:, 0].sum(), x)
     torch.testing.assert_close(gradient, flipped[0].expand(3, 64))
+
+
+def test_a_plain_copy_of_a_model_gets_the_weights_that_the_packed_one_computes_with() -> None:
+    packed, plain = (nn.Sequential(layer(torch.float32, 64, 32), nn.Linear(32, 32)) for _ in range(2))
+    own = plain[1].weight.clone()
+    packed[0] = QuantizedLinear(packed[0], get_format("int2-quanto"), path="0")
+    assert not torch.equal(plain[0].weight, packed[0].weight)
+    copy_unpacked(packed, plain)
+    assert torch.equal(plain[0].weight, packed[0].weight)
+    assert torch.equal(plain[1].weight, own)
+
+
+def test_each_text_encoder_has_a_format_of_its_own() -> None:
+    formats = NumberFormats(encoders=("int8-quanto", "nf4-bnb"))
+    assert [formats.of_encoder(index) for index in range(3)] == ["int8-quanto", "nf4-bnb", "no_change"]

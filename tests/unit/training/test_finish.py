@@ -230,6 +230,20 @@ def test_a_file_is_proved_where_memory_holds_the_model_once_more_and_else_that_i
     assert notice.text.startswith("of-119 was not checked on a fresh model")
 
 
+def test_a_file_is_proved_on_the_weights_that_a_packed_base_computed_with(tmp_path, monkeypatch):
+    copied: list[tuple[Any, Any]] = []
+    proved: list[Any] = []
+    monkeypatch.setattr(adapter_roundtrip, "copy_unpacked", lambda *given: copied.append(given))
+    monkeypatch.setattr(adapter_roundtrip, "check_saved_adapter", lambda path, fresh, *given: proved.append(fresh))
+    run, _ = toy_run(tmp_path, ONE)
+    model: Any = SimpleNamespace(family=Proving(), denoiser=nn.Linear(4, 4), trainable=[torch.zeros(1)])
+    reference = adapter_roundtrip.LiveOutput(torch.zeros(1), torch.zeros(1))
+    adapter_roundtrip.prove_adapter(model, run.session, Path("file"), reference)
+    [fresh] = proved
+    assert copied == [(model.denoiser, fresh)]
+    assert fresh is not model.denoiser
+
+
 def test_an_average_of_an_earlier_end_is_moved_aside_where_none_is_kept_now(tmp_path, monkeypatch):
     for name in ("save_adapter", "save_model"):
         monkeypatch.setattr(finish, name, lambda run, folder: folder / "weights")
