@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,3 +320,21 @@ def test_kernels_that_cannot_be_had_are_reported_where_they_were_wanted(quicksta
         "LoKr: two products, since LyCORIS' kernels cannot be loaded: no compiler"
     ]
     assert adapter.kernel_choice == {}
+
+
+def test_layers_on_which_no_adapter_may_sit_are_left_out() -> None:
+    spec = replace(OMNIGEN, unadaptable=("layers.0.self_attn.*",))
+    targets = resolve_targets(with_preset(target_module=["Attention"], exclude_name=["proj_out"]), spec, {"Attention"})
+    assert targets.exclude == ("proj_out", "layers.0.self_attn.*")
+    lycoris = with_preset(target_module=["Attention"], use_fnmatch=True)
+    adapter = attach_lycoris(tiny_omnigen_transformer(), lycoris, spec, torch.float32, 1)
+    assert adapter.report == [MatchCount("Attention", "Attention", 4)]
+
+
+def test_the_kernels_that_were_chosen_are_known_by_shape(quickstart, monkeypatch) -> None:
+    adapter = attach(quickstart)[1]
+    trials = [SimpleNamespace(name="4x4 8x8", is_won=True), SimpleNamespace(name="2x2 8x8", is_won=False)]
+    monkeypatch.setattr(lycoris, "fused_kernels", lambda device: "kernels")
+    monkeypatch.setattr(lycoris, "choose_kernels", lambda *given: trials)
+    assert len(adapter.choose_kernels(torch.device("cpu"), torch.float32, {})) == 2
+    assert adapter.kernel_choice == {"4x4 8x8": True, "2x2 8x8": False}

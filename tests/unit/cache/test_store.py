@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 
 from simpletuner import storage
+from simpletuner.cache import store as store_module
+from simpletuner.cache.index import ShardIndex
 from simpletuner.cache.shards import read_entries
 from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
 from simpletuner.errors import DataError
@@ -355,3 +357,16 @@ def test_few_shards_are_open_at_once_those_that_were_used_last(folder, monkeypat
         store.prune(["key0"])
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+def test_a_forked_child_opens_the_index_once(folder, monkeypatch):
+    opened = []
+    with TensorStore(folder) as store:
+        store.put_many(entries(2))
+        monkeypatch.setattr(store_module, "ShardIndex", lambda path: opened.append(path) or ShardIndex(path))
+        assert "key0" in store
+        assert opened == []
+        child = os.getpid() + 1
+        monkeypatch.setattr(store_module.os, "getpid", lambda: child)
+        assert ["key0" in store, "key1" in store, "key2" in store] == [True, True, False]
+        assert opened == [folder]
