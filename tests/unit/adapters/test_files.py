@@ -253,3 +253,17 @@ def test_a_loader_that_changes_a_weight_is_noticed() -> None:
     for other in ({"a.lokr_w1": weight + 1e-6}, {"a.lokr_w2": weight}, {"b.lokr_w1": weight}):
         with pytest.raises(DataError, match="1 tensors are lost on reloading"):
             _require_same_weights(network, other, "file")
+
+
+def test_half_of_twice_a_change_is_the_change_where_a_file_has_a_multiplier(tmp_path: Path) -> None:
+    """Files that other programs wrote, and earlier versions, keep it in their configuration."""
+    adapter, output = trained(CONFIGS["locon"] | {"apply_preset": {"target_module": ["Attention"]}})
+    path = tmp_path / "a.safetensors"
+    adapter.save(path, {})
+    tensors = {key: tensor * (2 if ".lora_up." in key else 1) for key, tensor in load_file(path).items()}
+    save_file(tensors, path, {"lycoris_config": json.dumps({"algo": "locon", "multiplier": 0.5})})
+    check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
+    generation = tiny_omnigen_transformer()
+    apply_adapter_file(generation, path, OMNIGEN)
+    with torch.no_grad():
+        torch.testing.assert_close(run_stock(generation), output, rtol=0, atol=1e-5)

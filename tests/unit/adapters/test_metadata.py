@@ -121,7 +121,7 @@ LOCK: dict[str, Any] = {
 
 
 def test_a_file_says_by_which_settings_and_images_it_was_made() -> None:
-    found = run_metadata(LOCK, 12)
+    found = run_metadata(LOCK, 34)
     own = json.loads(found.pop("simpletuner"))
     assert found == {
         "ss_learning_rate": "0.0001",
@@ -131,10 +131,10 @@ def test_a_file_says_by_which_settings_and_images_it_was_made() -> None:
         "ss_gradient_accumulation_steps": "2",
         "ss_caption_dropout_rate": "0.25",
         "ss_num_train_images": "12",
-        "ss_steps": "12",
-        "global_step": "12",
+        "ss_steps": "34",
+        "global_step": "34",
     }
-    assert (own["version"], own["model_family"], own["step"]) == ("1.2.3", "sdxl", 12)
+    assert (own["version"], own["model_family"], own["step"]) == ("1.2.3", "sdxl", 34)
     assert own["datasets"] == {"cats": "f1", "dogs": "f2"}
     assert own["base_model_sha256"] == hashlib.sha256(b'{"unet": "ab"}').hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,3 +265,21 @@ def test_a_layer_that_a_joined_lora_does_not_touch_gets_one_rank_of_zeros():
 def test_norms_of_half_precision_are_measured_in_float32():
     """0.1 is 0.10009765625 in bfloat16, whose sum of 300 squares would be rounded to 8 bits."""
     assert row_norms(torch.full((1, 300), 0.1).bfloat16()).item() == pytest.approx(0.10009765625 * 300**0.5, rel=1e-6)
+
+
+def test_readers_that_know_no_alpha_get_a_lora_of_scale_one():
+    """Rank 1 with alpha 3: `up` takes the 3, and there is no alpha. The other form of the family keeps it."""
+    spec = replace(OMNIGEN, keys=replace(OMNIGEN.keys, own_names=("comfyui", "kohya"), without_alpha=("comfyui",)))
+    weights = AdapterWeights({"a": PLAIN | {ALPHA: torch.tensor(3.0)}, "b": {"lokr_w1": ONE}})
+    found = modules_in_file(weights, spec, "comfyui", torch.nn.Module())
+    assert {name: value.tolist() for name, value in found["a"].items()} == {UP: [[3.0]], DOWN: [[1.0]]}
+    assert found["b"] == {"lokr_w1": ONE}
+    kept = modules_in_file(weights, spec, "kohya", torch.nn.Module())["a"]
+    assert {name: value.tolist() for name, value in kept.items()} == {UP: [[1.0]], DOWN: [[1.0]], ALPHA: 3.0}
+
+
+@pytest.mark.parametrize(("written", "expected"), [((5, 1), (5,)), ((5, 1, 1, 1), (1, 5, 1, 1))])
+def test_magnitudes_have_the_shape_that_peft_gives_them(written, expected):
+    module = PLAIN | {DORA: torch.ones(written)}
+    found = modules_in_file(AdapterWeights({"a": module}), OMNIGEN, "diffusers", torch.nn.Module())["a"]
+    assert tuple(found[DORA].shape) == expected

@@ -310,3 +310,15 @@ def test_a_plain_copy_of_a_model_gets_the_weights_that_the_packed_one_computes_w
 def test_each_text_encoder_has_a_format_of_its_own() -> None:
     formats = NumberFormats(encoders=("int8-quanto", "nf4-bnb"))
     assert [formats.of_encoder(index) for index in range(3)] == ["int8-quanto", "nf4-bnb", "no_change"]
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 2.0**-24), (torch.float32, 2.0**-149)])
+def test_a_number_above_the_largest_of_its_group_s_scale_becomes_that_and_spoils_no_neighbor(
+    dtype: torch.dtype, least: float
+) -> None:
+    """Of 20 smallest numbers a fifteenth is rounded to one of them: 20 steps do not fit into four bits, 15 do."""
+    weight = torch.zeros(2, 32, dtype=dtype)
+    weight[:, 0], weight[:, 1] = 20 * least, 10 * least
+    weight_format = get_format("int4-quanto")
+    found = weight_format.unpack(weight_format.pack(weight), weight.shape, torch.float32) / least
+    assert found[:, :4].tolist() == [[15, 10, 0, 0]] * 2
