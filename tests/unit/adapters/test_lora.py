@@ -19,7 +19,7 @@ from simpletuner.adapters.formats import encode
 from simpletuner.adapters.lora import LoraAdapter, LoraSettings, _inject, attach_lora
 from simpletuner.adapters.lora_init import start_factors
 from simpletuner.adapters.reading import read_adapter
-from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights, alpha_tensor, scale_of
+from simpletuner.adapters.weights import ALPHA, DORA, DOWN, UP, AdapterWeights, alpha_tensor, scale_of
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.spec import FamilySpec
 from simpletuner.models.omnigen.spec import OMNIGEN
@@ -170,6 +170,7 @@ def test_a_weight_decomposed_convolution_gives_the_same_output_elsewhere(file_fo
     adapter.save(path, {})
     check_saved_adapter(path, tiny_omnigen_transformer(), OMNIGEN, run_stock, output)
     weights = read_adapter(path, OMNIGEN, tiny_omnigen_transformer())
+    assert tuple(weights.modules[targets[0]][DORA].shape) == (32, 1, 1, 1)  # LyCORIS' own shape, a number for each row
     denoiser, other = attach(targets=targets, use_dora=True, seed=9)
     assert other.start_from(weights, "a.safetensors") == []
     with torch.no_grad():
