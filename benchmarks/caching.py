@@ -1,14 +1,13 @@
 """How much of the VAE's own speed `simpletuner cache build` reaches.
 
-The same VAE encodes the same images four ways in one process, with the same number of threads and the same settings of
-the allocator: as diffusers loads it, ready tensors in batches and nothing else (the bare rate); as this program loads
-it, in the layout that the CPU is fastest with, and nothing else (`own`); by `cache build` from the folder to the shards
-(scan, decoding, crops, digests, writing); and by a plain loop that opens, encodes and saves one image after the other
-into a file each. Each round runs them all and gives one ratio of each pair; the median of the rounds counts, since the
-speed of a shared machine changes from minute to minute. The last line is JSON; the exit code is 1 when `cache build` is
-below `--goal` of the bare rate. `build_over_own` says what everything around the VAE costs.
+The same VAE encodes the same images three ways in one process, with the same number of threads and the same settings of
+the allocator: as ready tensors in batches and nothing else (the bare rate), by `cache build` from the folder to the
+shards (scan, decoding, crops, digests, writing), and by a plain loop that opens, encodes and saves one image after the
+other into a file each. `diffusers` is the bare rate of the VAE as diffusers loads it, in a slower layout. Each round
+runs them all and gives one ratio of each pair; the median of the rounds counts, since the speed of a shared machine
+changes from minute to minute. The last line is JSON; the exit code is 1 when `cache build` is below `--goal` of the bare rate.
 
-`thread_share` is the ratio to `own` in CPU time of the thread that encodes: what the rate comes to where the threads
+`thread_share` is the same ratio in CPU time of the thread that encodes: what the rate comes to where the threads
 that read and write have a core of their own, which a busy machine does not show in seconds. `process_share` is that of
 all threads: what it comes to where they share one core. `decoding` is the CPU time of decoding each file once
 and making a tensor of it, over that of the VAE: `process_share` cannot be above 1 / (1 + decoding), whatever the rest
@@ -88,7 +87,7 @@ class Bench:
         self.load = lambda *arguments: load_run(arguments, {}, folder)
         self.family = build_family(self.load().config)
         self.vae = self.family.load_vae()
-        self.plain_vae = AutoencoderKL.from_pretrained(folder / "model" / "vae").eval().requires_grad_(False)
+        self.vae_of_diffusers = AutoencoderKL.from_pretrained(folder / "model" / "vae").eval().requires_grad_(False)
         self.pixels = [self.read(path) for path in self.paths]
         self.rounds = 0
 
@@ -108,15 +107,15 @@ class Bench:
         for start in range(0, len(self.pixels), self.batch_size):
             yield torch.cat(self.pixels[start : start + self.batch_size])
 
-    def bare(self) -> None:
+    def diffusers(self) -> None:
         import torch
 
         with torch.no_grad():
             for pixels in self.batches():
-                posterior = self.plain_vae.encode(pixels).latent_dist
+                posterior = self.vae_of_diffusers.encode(pixels).latent_dist
                 _ = posterior.mean, posterior.std  # what is cached
 
-    def own(self) -> None:
+    def bare(self) -> None:
         for pixels in self.batches():
             self.family.encode_images(self.vae, pixels)
 
@@ -166,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         write_run(folder, arguments.side, vae_batch_size=arguments.batch)
         bench = Bench(folder, arguments.side, arguments.batch)
         seconds: dict[str, list[tuple[float, float, float]]] = {
-            way: [] for way in ("bare", "own", "build", "plain", "decode")
+            way: [] for way in ("bare", "diffusers", "build", "plain", "decode")
         }
         for way in seconds:
             getattr(bench, way)()  # imports and warms up
@@ -186,15 +185,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "batch": arguments.batch,
         "threads": arguments.threads,
         "bare_per_second": round(rates["bare"], 1),
-        "own_per_second": round(rates["own"], 1),
+        "diffusers_per_second": round(rates["diffusers"], 1),
         "build_per_second": round(rates["build"], 1),
         "plain_per_second": round(rates["plain"], 1),
         "build_over_bare": round(share, 3),
-        "build_over_own": round(ratio("own", "build"), 3),
+        "build_over_diffusers": round(ratio("diffusers", "build"), 3),
         "build_over_plain": round(ratio("plain", "build"), 3),
-        "thread_share": round(ratio("own", "build", THREAD), 3),
-        "process_share": round(ratio("own", "build", PROCESS), 3),
-        "decoding": round(ratio("decode", "own", PROCESS), 3),
+        "thread_share": round(ratio("bare", "build", THREAD), 3),
+        "process_share": round(ratio("bare", "build", PROCESS), 3),
+        "decoding": round(ratio("decode", "bare", PROCESS), 3),
         "goal": arguments.goal,
         "goal_reached": share >= arguments.goal,
     }

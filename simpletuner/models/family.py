@@ -284,9 +284,8 @@ class ModelFamily(ABC):
     def load_vae(self) -> nn.Module:
         """The VAE in float32 (half precision adds noise to latents), in eval mode, on `self.device`."""
         vae: Any = self._with_modes(load_component(self.source, self.spec.component("vae"), torch.float32))
-        if self.device.type == "cpu" and all(parameter.ndim < 5 for parameter in vae.parameters()):
+        if self.device.type == "cpu" and not is_video_vae(vae.config):
             # What kernels of the CPU compute with: another layout is copied for each convolution, a tenth of the time.
-            # Torch has no such layout for both images and videos.
             vae.to(memory_format=torch.channels_last)
         return vae.eval().requires_grad_(False).to(self.device)
 

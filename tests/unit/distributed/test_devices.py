@@ -282,9 +282,9 @@ def test_a_configuration_of_fsdp_is_how_the_denoiser_is_spread(monkeypatch: pyte
     }
 
 
-@pytest.mark.parametrize(("limit", "told"), [(0.5, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize(("limit", "passed"), [(0.5, 0.5), (0.0, 0.0)])
 def test_deepspeed_is_told_how_often_gradients_add_up_and_where_they_are_clipped(
-    limit: float, told: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    limit: float, passed: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(device_placement, "Zero", lambda *given, **options: asked.update(options))
@@ -294,7 +294,7 @@ def test_deepspeed_is_told_how_often_gradients_add_up_and_where_they_are_clipped
     adapter: Any = SimpleNamespace(trainable_parameters=dict)
     config = config_of(**options, max_grad_norm=limit)
     device_placement.place_denoiser(config, family, nn.Linear(1, 1), adapter, ProcessGroup(0, 2, 0))
-    assert asked == {"accumulation": 3, "max_grad_norm": told, "is_adapter": True}
+    assert asked == {"accumulation": 3, "max_grad_norm": passed, "is_adapter": True}
 
 
 @pytest.mark.parametrize(

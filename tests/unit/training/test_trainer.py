@@ -26,7 +26,7 @@ def test_a_run_clears_up_says_whether_it_is_new_and_is_closed_however_it_ends(
     (output_dir / LEFT_OVER).mkdir(parents=True)
     (output_dir / "logs").mkdir()
     (output_dir / "logs" / LEFT_OVER).write_bytes(b"half of it")
-    told, closed = [], []
+    seen, closed = [], []
 
     def run_training(run: Run) -> None:
         assert not closed
@@ -37,7 +37,7 @@ def test_a_run_clears_up_says_whether_it_is_new_and_is_closed_however_it_ends(
     monkeypatch.setattr(run, "close", lambda: closed.append(run))
     for name, function in {
         "build_run": lambda loaded, process: run,
-        "build_sinks": lambda options, folder, is_new, **named: told.append((folder, is_new)) or [recorder],
+        "build_sinks": lambda options, folder, is_new, **named: seen.append((folder, is_new)) or [recorder],
         "build_publisher": lambda *given: None,
         "chosen_kernels": lambda *given: nullcontext(),
         "run_training": run_training,
@@ -47,5 +47,5 @@ def test_a_run_clears_up_says_whether_it_is_new_and_is_closed_however_it_ends(
         monkeypatch.setattr(trainer, name, function)
     with pytest.raises(DataError) if fails else nullcontext():
         trainer.train(run.loaded)
-    assert told == [(output_dir, is_new)]
+    assert seen == [(output_dir, is_new)]
     assert closed == [run]
