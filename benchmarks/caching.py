@@ -5,7 +5,8 @@ the allocator: as ready tensors in batches and nothing else (the bare rate), by 
 shards (scan, decoding, crops, digests, writing), and by a plain loop that opens, encodes and saves one image after the
 other into a file each. `diffusers` is the bare rate of the VAE as diffusers loads it, in a slower layout. Each round
 runs them all and gives one ratio of each pair; the median of the rounds counts, since the speed of a shared machine
-changes from minute to minute. The last line is JSON; the exit code is 1 when `cache build` is below `--goal` of the bare rate.
+changes from minute to minute. The last line is JSON; the exit code is 1 when `cache build` is below `--goal` of the
+bare rate.
 
 `thread_share` is the same ratio in CPU time of the thread that encodes: what the rate comes to where the threads
 that read and write have a core of their own, which a busy machine does not show in seconds. `process_share` is that of
