@@ -18,13 +18,24 @@ from simpletuner.text import NotText, decode, read_file
 
 MAX_BYTES = 10_000_000
 _MAX_DEPTH = 20
+_MAX_LEVELS = 100  # as in JSON; PyYAML recurses, and Python's limit differs between processes: a compiler raises it
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2."""
+class SafeLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the numbers of YAML 1.2; it raises ValueError for more than 100 levels of nesting."""
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: yaml.Node | int | None) -> yaml.Node | None:
+        self.levels += 1
+        if self.levels > _MAX_LEVELS:
+            raise ValueError(f"more than {_MAX_LEVELS} levels of nesting")
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
 
 
-_Loader.add_implicit_resolver(
+SafeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
@@ -60,7 +71,7 @@ def read_yaml(path: Path) -> YamlDocument:
         return ConfigError(Problem(message, file=str(path), line=line))
 
     try:
-        loader = _Loader(decode(read_file(path, MAX_BYTES)))
+        loader = SafeLoader(decode(read_file(path, MAX_BYTES)))
         try:
             root = loader.get_single_node()
             if not isinstance(root, yaml.MappingNode):
@@ -82,12 +93,12 @@ def read_yaml(path: Path) -> YamlDocument:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise refused(f"is not YAML: {error.problem or error.context}", mark.line + 1 if mark else None) from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise refused(f"is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def _entries(
-    mapping: yaml.MappingNode, loader: _Loader, prefix: str, depth: int = 0
+    mapping: yaml.MappingNode, loader: SafeLoader, prefix: str, depth: int = 0
 ) -> Iterator[tuple[str, yaml.Node | None, int]]:
     """Key, value and line of what is in a mapping; the value of a mapping in it is None, and its own entries follow."""
     if depth > _MAX_DEPTH:

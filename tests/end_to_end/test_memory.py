@@ -112,7 +112,11 @@ MARKS = {way: pytest.mark.ci if way in LONG else pytest.mark.slow for way in WAY
 def test_every_way_gives_the_gradients_of_the_plain_step(
     way: str, tmp_path: Path, omnigen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plain step keeps all, since its tensors are small; each way keeps as little as with large ones."""
+    """The plain step keeps all, since its tensors are small; each way keeps as little as with large ones.
+
+    Products in 8 bits round what they take: sums in another order, which differ in their last bit, can make an
+    activation the next of 127 levels. Without 8-bit products, gradients differ by at least three times the limit.
+    """
     options = WAYS[way]
     plain = {"gradient_checkpointing": False, **{key: options[key] for key in PLAIN_OF if key in options}}
     expected = gradients(tmp_path / "plain", omnigen_folder, plain, steps=4)
@@ -120,7 +124,10 @@ def test_every_way_gives_the_gradients_of_the_plain_step(
     found = gradients(tmp_path / "saving", omnigen_folder, options, steps=4)
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for name in theirs:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7, msg=f"{name}, step {step}")
+            if options.get("quantize_activations") or options.get("base_model_precision") == "int8dq-torchao":
+                assert (ours[name] - theirs[name]).norm() < 5e-4 * theirs[name].norm(), f"{name}, step {step}"
+            else:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7, msg=f"{name}, step {step}")
 
 
 @pytest.mark.slow

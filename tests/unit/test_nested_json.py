@@ -131,11 +131,7 @@ def test_nothing_else_reads_json_that_somebody_else_wrote():
     own = ("distributed/", "examples/", "families/", "wizard/estimate.py", "text.py")
     made_here = ("json.loads(json.dumps(", "json.loads(_json_bytes(")
     rest = {each for each in found if not each.startswith(own) and not any(words in each for words in made_here)}
-    # YAML, in which everything may be nested.
-    assert rest == {
-        "config/yaml_reader.py: except (yaml.YAMLError, RecursionError, ValueError) as error:",
-        "data/backends/hub_layout.py: except RecursionError:",
-    }
+    assert not rest
 
 
 @pytest.mark.parametrize("text", [*TEXTS.values(), '{"a": 1e999}'], ids=[*TEXTS, "infinite"])

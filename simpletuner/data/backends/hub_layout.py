@@ -69,17 +69,17 @@ def card_configs(card: str) -> dict[str, dict[str, list[str]]]:
     """
     import yaml
 
+    from simpletuner.config.yaml_reader import SafeLoader
+
     parts = card.split("---", 2)
     if not card.startswith("---") or len(parts) < 3:
         return {}
     try:
         if any(isinstance(event, yaml.events.AliasEvent) for event in yaml.parse(parts[1], yaml.SafeLoader)):
             raise ValueError("it refers back to itself with *, which a few lines can blow up to gigabytes")
-        front = yaml.safe_load(parts[1])
+        front = SafeLoader(parts[1]).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     configs = {}
     for entry in (front.get("configs") or ()) if isinstance(front, Mapping) else ():
         if isinstance(entry, Mapping) and entry.get("data_files"):
