@@ -24,6 +24,8 @@ from simpletuner.models.family import LatentMoments, ModelFamily
 
 UNREADABLE = (UnusableImage, DataError, OSError)
 CPU_READERS, MOST_READERS = 2, 16
+# Small images are read several in a task: handing over each takes the encoding thread a fiftieth of a small VAE's time.
+TASK_PIXELS = 512 * 256
 NOT_FINITE = "the VAE gives NaN or infinite latents for it"
 
 
@@ -107,17 +109,48 @@ class BatchEncoder:
         return [first if _is_finite(first) else again for first, again in zip(moments, exact, strict=False)]
 
 
-def read_ahead(
-    samples: Iterable[Sample], read_pixels: Callable[[Sample], Tensor], pool: Executor, num_ahead: int
-) -> Iterator[DecodedSample]:
-    """Images in the order of `samples`, read in `pool`, at most `num_ahead` of them waiting."""
-    waiting: deque[Future[DecodedSample]] = deque()
+def in_tasks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Samples that follow each other, so many together that one task has about `TASK_PIXELS` to read."""
+    task: list[Sample] = []
+    num_pixels = 0
     for sample in samples:
-        waiting.append(pool.submit(read_sample, sample, read_pixels))
-        if len(waiting) > num_ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        task.append(sample)
+        num_pixels += sample.crop.height * sample.crop.width
+        if num_pixels >= TASK_PIXELS:
+            yield task
+            task, num_pixels = [], 0
+    if task:
+        yield task
+
+
+def read_ahead(
+    tasks: Iterable[Sequence[Sample]],
+    read_pixels: Callable[[Sample], Tensor],
+    pool: Executor,
+    num_threads: int,
+    num_ahead: int,
+) -> Iterator[DecodedSample]:
+    """Images in the order of the samples, read in `pool`.
+
+    Args:
+        num_threads: of the pool; each has a task.
+        num_ahead: images that wait, at most; more where the tasks of the threads alone have more.
+    """
+    waiting: deque[tuple[int, Future[list[DecodedSample]]]] = deque()
+    num_waiting = 0
+    for task in tasks:
+        waiting.append((len(task), pool.submit(_read_task, task, read_pixels)))
+        num_waiting += len(task)
+        while len(waiting) > num_threads and num_waiting > num_ahead:
+            num_read, read = waiting.popleft()
+            num_waiting -= num_read
+            yield from read.result()
+    for _, read in waiting:
+        yield from read.result()
+
+
+def _read_task(task: Sequence[Sample], read_pixels: Callable[[Sample], Tensor]) -> list[DecodedSample]:
+    return [read_sample(sample, read_pixels) for sample in task]
 
 
 def read_sample(sample: Sample, read_pixels: Callable[[Sample], Tensor]) -> DecodedSample:

@@ -24,6 +24,7 @@ from simpletuner.cache.encoding import (
     ImageSource,
     batches_of_one_size,
     encode_batch,
+    in_tasks,
     num_readers,
     read_ahead,
 )
@@ -251,7 +252,8 @@ class OnDemandLatents:
             found = {key: moments for key in wanted if (moments := self._find(key)) is not None}
             missing = {key: sample for key, sample in wanted.items() if key not in found}
             read = self.dataset.read_pixels
-            images = read_ahead(missing.values(), read, self._reading, self._num_readers + self._encoder.batch_size)
+            tasks, num_ahead = ([sample] for sample in missing.values()), self._num_readers + self._encoder.batch_size
+            images = read_ahead(tasks, read, self._reading, self._num_readers, num_ahead)
             for batch in batches_of_one_size(images, self._encoder.batch_size):
                 for image, result in encode_batch(self._encoder, batch):
                     if isinstance(result, str):
@@ -301,7 +303,7 @@ class _Filling:
             StoreWriter(self.cache.store, max_entries=self.cache.write_batch_size, executor=writing) as writer,
             ThreadPoolExecutor(num_threads, "pictures-read") as reading,
         ):
-            images = read_ahead(samples, read_pixels, reading, num_ahead)
+            images = read_ahead(in_tasks(samples), read_pixels, reading, num_threads, num_ahead)
             for batch in batches_of_one_size(images, self.encoder.batch_size):
                 for image, result in encode_batch(self.encoder, batch):
                     key = keys[id(image.sample)]

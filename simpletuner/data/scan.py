@@ -35,6 +35,8 @@ CountFiles = Callable[[int], None]
 
 # Files per task of the pool: handing over a task costs as much as decoding a small image from a disk.
 _TASK_FILES = 16
+# Files of up to this size on average, of which nothing is decoded, take Python's time alone: threads only hinder.
+_SMALL_BYTES = 64 << 10
 # A transaction ends with so many files, or after so long with large ones.
 _COMMIT_FILES = 1024
 _COMMIT_SECONDS = 5.0
@@ -253,12 +255,25 @@ def _look_at(
 ) -> Iterator[list[Finding]]:
     """Findings in the order of the files; a bounded number of tasks waits at any time."""
     pending: deque[Future[list[Finding]]] = deque()
+    waits_for_disk = backend.num_readers is not None
     for files in tasks:
+        if not (waits_for_disk or pending) and _is_quick(files, decodes):
+            started, cpu_started = time.perf_counter(), time.thread_time()
+            findings = _look_at_each(backend, files, decodes)
+            waits_for_disk = time.thread_time() - cpu_started < (time.perf_counter() - started) / 2
+            yield findings
+            continue
         pending.append(pool.submit(_look_at_each, backend, files, decodes))
         if len(pending) >= 4 * (backend.num_readers or _num_threads()):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def _is_quick(files: Sequence[FileState], decodes: bool) -> bool:
+    """Whether looking at these files, once they are read, leaves nothing to other threads."""
+    is_undecoded = all(file.is_text or (not decodes and file.suffix == ".png") for file in files)
+    return is_undecoded and sum(file.size for file in files) <= _SMALL_BYTES * len(files)
 
 
 def _look_at_each(backend: Backend, files: list[FileState], decodes: bool) -> list[Finding]:

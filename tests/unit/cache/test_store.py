@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from simpletuner import storage
 from simpletuner.cache import store as store_module
 from simpletuner.cache.index import ShardIndex
-from simpletuner.cache.shards import read_entries
+from simpletuner.cache.shards import read_entries, write_shard
 from simpletuner.cache.store import DamagedEntry, StoreWriter, TensorStore
 from simpletuner.errors import DataError
 from tests.unit.cache.store_entries import entries, entry, flip_in_entry, shard_files
@@ -63,6 +64,34 @@ def test_the_public_library_reads_a_shard_and_the_digest_is_there(folder):
     # Key, then name, type and shape, then the bytes: 1.0 and 2.0 in little-endian float32.
     expected = hashlib.sha256(b"abc" + b'["mean", "F32", [2]]' + bytes.fromhex("0000803f00000040")).hexdigest()
     assert digests == {"abc": expected}
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_the_numbers_of_a_shard_begin_at_a_multiple_of_eight_bytes_where_its_own_header_says(folder, length):
+    folder.mkdir()
+    columns = torch.arange(6.0).reshape(2, 3)[:, 1:]
+    path, places = write_shard(
+        folder, {"k" * length: {"x": columns, "flag": torch.tensor([True])}, "z": {"x": columns}}
+    )
+    assert places == read_entries(path)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    assert {key: tensor.tolist() for key, tensor in load_file(path).items()} == {
+        f"{'k' * length}/flag": [True],
+        f"{'k' * length}/x": [[1.0, 2.0], [4.0, 5.0]],
+        "z/x": [[1.0, 2.0], [4.0, 5.0]],
+    }
+
+
+def test_a_shard_that_another_process_has_moved_at_once_is_encoded_again(folder, monkeypatch):
+    def moved(*arguments):
+        path, places = write_shard(*arguments)
+        path.unlink()
+        return path, places
+
+    monkeypatch.setattr(store_module, "write_shard", moved)
+    with TensorStore(folder) as store:
+        store.put_many(entries(1))
+        assert store.missing(["key0"]) == ["key0"]
 
 
 def test_rows_of_one_batch_may_be_kept_under_their_own_keys(folder):

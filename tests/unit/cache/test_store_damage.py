@@ -146,7 +146,7 @@ def test_a_type_or_shape_that_cannot_be_is_damage_though_its_sha256_fits(tmp_pat
     TensorStore(tmp_path).put_many(entries(1))
     (shard,) = shard_files(tmp_path)
     entry = read_entries(shard)["key0"]
-    forged = replace(entry, tensors=tuple(replace(place, **change) for place in entry.tensors))
+    forged = replace(entry, tensors=tuple(place._replace(**change) for place in entry.tensors))
     monkeypatch.setattr(shards, "_add_to_digest", lambda *arguments: None)
     forged = replace(forged, digest=shards._start_digest("key0").hexdigest())
     descriptor = os.open(shard, os.O_RDONLY)
