@@ -46,11 +46,7 @@ class Eager(Executor):
 @pytest.mark.parametrize(
     ("side", "num_ahead", "expected"),
     [
-        (
-            512,
-            4,
-            [5, 6, 7, 8],
-        ),  # one image in a task: as many wait as may, and the next one comes for each that is taken
+        (512, 4, [*range(5, 14)]),  # one in a task: the next one comes for each that is taken
         (128, 4, [24] * 8 + [32]),  # eight in a task: each of the two threads has one
         (128, 30, [32] * 8 + [40]),
     ],
