@@ -163,15 +163,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: Sequence[int], sa
     """
     failed: int | None = None
     deadline = float("inf")
-    while any(process.poll() is None for process in processes):
+    while running := [process for process in processes if process.poll() is None]:
         if failed is None and (failed := _first_failure(processes)) is not None:
             _signal_all(processes, signal.SIGTERM)
         if failed is not None or asked:
             # Who is stopped saves nothing, however long it is waited for; who still answers leaves by itself.
-            frozen = [process for process in processes if process.poll() is None and is_frozen(process.pid)]
+            frozen = [process for process in running if is_frozen(process.pid)]
             if failed is not None:
                 _signal_all(frozen, signal.SIGKILL)
-            elif frozen and len(frozen) == sum(process.poll() is None for process in processes):
+            elif len(frozen) == len(running):
                 deadline = 0.0
         code = None if failed is None else processes[failed].returncode
         deadline = min(deadline, time.monotonic() + _patience(code, len(asked)))
