@@ -39,6 +39,8 @@ CAPTION_SUFFIX = CAPTION_SUFFIXES[0]
 _SUFFIXES = SUFFIXES | UNREAD_SUFFIXES.keys() | {*CAPTION_SUFFIXES}
 # Passing faults of network mounts; anything else is answered at once.
 _RETRIED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+# Of a link that is not followed; BSD's own comes second.
+_IS_LINK = (errno.ELOOP, errno.EMLINK)
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5
 # Files per update of a listing's digest.
@@ -93,21 +95,38 @@ class LocalBackend:
         return _retried(self._read_once, path)
 
     def _read_once(self, path: bytes) -> bytes:
-        # Not blocking: opening a pipe that took an image's name would wait for a writer forever.
-        if self._fence.keeps_out(self._absolute(path)):
-            raise UnusableFile(NOT_READ[OUTSIDE])
-        descriptor = os.open(self._absolute(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            before = os.fstat(file.fileno())
+        descriptor = self._open(self._absolute(path))
+        try:
+            before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
                 raise UnusableFile(NOT_READ[NO_FILE])
             if before.st_size > MAX_FILE_BYTES:
                 raise UnusableFile(NOT_READ[TOO_LARGE])
-            data = file.read(before.st_size)  # its buffer is as large as what is asked for
-            after = os.fstat(file.fileno())
+            data = os.read(descriptor, before.st_size)  # its buffer is as large as what is asked for
+            while len(data) < before.st_size and (more := os.read(descriptor, before.st_size - len(data))):
+                data += more
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
             raise OSError(errno.EAGAIN, "it changed while it was read")
         return data
+
+    def _open(self, absolute: bytes) -> int:
+        """A descriptor of a file that the dataset may read; links are judged before anything is opened."""
+        # Not blocking: opening a pipe that took an image's name would wait for a writer forever.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        if self._fence.keeps_out_folder(os.path.dirname(absolute)):  # noqa: PTH120 - names are bytes, Path is text
+            raise UnusableFile(NOT_READ[OUTSIDE])
+        if hasattr(os, "O_NOFOLLOW"):
+            try:
+                return os.open(absolute, flags | os.O_NOFOLLOW)
+            except OSError as error:
+                if error.errno not in _IS_LINK:
+                    raise
+        if self._fence.keeps_out(absolute):
+            raise UnusableFile(NOT_READ[OUTSIDE])
+        return os.open(absolute, flags)
 
     def numbers(self, path: bytes) -> tuple[int, int, int, int]:
         """Size, mtime_ns, ctime_ns and inode of a file, as in `FileStat`."""
