@@ -261,6 +261,7 @@ def _copy_in_memory(path: Path) -> sqlite3.Connection:
 
 def _with_schema(database: sqlite3.Connection) -> sqlite3.Connection:
     with database:
+        database.execute("BEGIN IMMEDIATE")  # Python begins none for such statements: each would wait for the disk
         for statement in _SCHEMA:
             database.execute(statement)
     return database

@@ -61,6 +61,7 @@ CREATE TABLE IF NOT EXISTS catalogue (
     id INTEGER PRIMARY KEY CHECK (id = 0), ids BLOB, texts BLOB, heights BLOB, widths BLOB, named BLOB,
     images_digest TEXT, texts_digest TEXT, duplicates INTEGER
 );
+CREATE TABLE IF NOT EXISTS undecoded (id INTEGER PRIMARY KEY);
 """
 
 _USABLE_IMAGES = """
@@ -175,7 +176,7 @@ class Index:
             _make_tables(self._db)
 
     def _scan(self, progress: CountFiles | None, is_trusted: bool, decodes: bool) -> Catalog:
-        # Not with the other tables: an index from before lacks it, and all of its images were decoded.
+        # An index from before lacks it, and all of its images were decoded.
         self._db.execute("CREATE TABLE IF NOT EXISTS undecoded (id INTEGER PRIMARY KEY)")
         select = "SELECT * FROM catalogue"
         is_known = is_trusted and self._db.execute(select).fetchone() is not None

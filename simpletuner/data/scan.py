@@ -100,11 +100,11 @@ def update_files(
         progress: called with the number of files looked at so far.
         decodes: decode each image; see `image_facts`.
     """
-    _forget_old_texts(database)
-    _retry_failures(database)
-    looks_again = decodes and has_undecoded(database)
-    if looks_again:
-        with database:
+    with database:  # one transaction: each waits for the disk
+        _forget_old_texts(database)
+        _retry_failures(database)
+        looks_again = decodes and has_undecoded(database)
+        if looks_again:
             database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {_UNDECODED})")
     known = {path: (key, listing) for key, path, listing in database.execute("SELECT id, path, listing FROM folders")}
     num_done = 0
@@ -163,12 +163,11 @@ def _forget_old_texts(database: sqlite3.Connection) -> None:
     if database.execute("SELECT value FROM facts WHERE name = 'texts'").fetchone() == (TEXT_VERSION,):
         return
     texts = "FROM files WHERE live AND is_text"
-    with database:
-        if database.execute(f"SELECT 1 {texts} LIMIT 1").fetchone():
-            database.execute("DELETE FROM catalogue")
-            database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {texts})")
-            database.execute("UPDATE files SET live = 0 WHERE live AND is_text")
-        database.execute("INSERT OR REPLACE INTO facts VALUES ('texts', ?)", [TEXT_VERSION])
+    if database.execute(f"SELECT 1 {texts} LIMIT 1").fetchone():
+        database.execute("DELETE FROM catalogue")
+        database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {texts})")
+        database.execute("UPDATE files SET live = 0 WHERE live AND is_text")
+    database.execute("INSERT OR REPLACE INTO facts VALUES ('texts', ?)", [TEXT_VERSION])
 
 
 def _retry_failures(database: sqlite3.Connection) -> None:
@@ -179,11 +178,10 @@ def _retry_failures(database: sqlite3.Connection) -> None:
     failed = "FROM files WHERE live AND status != 'ok' AND status IN (?, ?)"
     if is_same_decoder and database.execute(f"SELECT 1 {failed} LIMIT 1", parameters).fetchone() is None:
         return  # the usual start writes nothing
-    with database:
-        database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {failed})", parameters)
-        # Retired, they are new to the comparison with the disk.
-        database.execute(f"UPDATE files SET live = 0 WHERE id IN (SELECT id {failed})", parameters)
-        database.execute("INSERT OR REPLACE INTO facts VALUES ('decoder', ?)", [decoder_version()])
+    database.execute(f"UPDATE folders SET listing = NULL WHERE id IN (SELECT folder {failed})", parameters)
+    # Retired, they are new to the comparison with the disk.
+    database.execute(f"UPDATE files SET live = 0 WHERE id IN (SELECT id {failed})", parameters)
+    database.execute("INSERT OR REPLACE INTO facts VALUES ('decoder', ?)", [decoder_version()])
 
 
 def _update_folder(
@@ -213,11 +211,12 @@ def _update_folder(
     for part in _look_at(backend, pool, _changed_files(database, task_files), decodes):
         findings += part
         if len(findings) >= _COMMIT_FILES or time.monotonic() > committed + _COMMIT_SECONDS:
-            _store(database, key, findings)
+            with database:
+                _store(database, key, findings)
             findings, committed = [], time.monotonic()
         yield len(part)
-    _store(database, key, findings)
     with database:
+        _store(database, key, findings)
         database.execute("UPDATE folders SET listing = ? WHERE id = ?", [folder.listing, key])
 
 
@@ -318,17 +317,16 @@ def look_at(backend: Backend, file: FileState, decodes: bool = True) -> Finding:
 
 
 def _store(database: sqlite3.Connection, key: int | None, findings: Sequence[Finding]) -> None:
-    with database:
-        database.executemany("UPDATE files SET live = 0 WHERE live AND path = ?", [(f.file.path,) for f in findings])
-        database.executemany(
-            "INSERT INTO files (live, folder, path, stem, suffix, is_text, size, mtime_ns, ctime_ns, inode, "
-            "status, reason, digest, height, width, text) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [_row(key, finding) for finding in findings],
-        )
-        database.executemany(
-            "INSERT INTO undecoded SELECT id FROM files WHERE live AND path = ?",
-            [(finding.file.path,) for finding in findings if not finding.is_decoded],
-        )
+    database.executemany("UPDATE files SET live = 0 WHERE live AND path = ?", [(f.file.path,) for f in findings])
+    database.executemany(
+        "INSERT INTO files (live, folder, path, stem, suffix, is_text, size, mtime_ns, ctime_ns, inode, "
+        "status, reason, digest, height, width, text) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [_row(key, finding) for finding in findings],
+    )
+    database.executemany(
+        "INSERT INTO undecoded SELECT id FROM files WHERE live AND path = ?",
+        [(finding.file.path,) for finding in findings if not finding.is_decoded],
+    )
 
 
 def _row(key: int | None, finding: Finding) -> tuple[object, ...]:

@@ -149,3 +149,22 @@ def test_a_store_clears_up_after_a_writer_that_died(tmp_path: Path) -> None:
     with TensorStore(tmp_path) as store:
         assert not half.exists()
         assert store.keys() == []
+
+
+def test_a_new_index_waits_for_the_disk_once(tmp_path, monkeypatch):
+    statements = []
+    connect = sqlite3.connect
+
+    def traced(*arguments, **named):
+        database = connect(*arguments, **named)
+        database.set_trace_callback(statements.append)
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    TensorStore(tmp_path).close()
+    begin, commit = statements.index("BEGIN IMMEDIATE"), statements.index("COMMIT")
+    created = [at for at, each in enumerate(statements) if each.startswith("CREATE")]
+    assert len(created) == 4
+    assert begin < min(created)
+    assert max(created) < commit
+    assert statements.count("COMMIT") == 1

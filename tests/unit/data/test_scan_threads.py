@@ -107,3 +107,23 @@ def test_files_of_more_than_64_kib_on_average_are_read_by_threads(
 def test_a_backend_that_names_its_readers_gets_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "a.txt").write_text("a caption")
     assert readers(folder, monkeypatch, num_readers=4) == [False]
+
+
+def test_a_first_scan_of_a_folder_waits_for_the_disk_four_times(folder: Path, tmp_path: Path) -> None:
+    """For the facts, the folder's files, what they are, and the catalog; a scan that finds nothing new never."""
+    for index in range(NUM_FILES):
+        (folder / f"{index:02}.txt").write_text("a caption")
+    statements: list[str] = []
+    index = Index(tmp_path / "index.sqlite", LocalBackend(folder))
+    index._db.set_trace_callback(statements.append)
+    index.scan()
+    assert statements.count("COMMIT") == 4
+    writes = ("INSERT", "UPDATE", "DELETE", "CREATE", "PRAGMA")
+    begun = [sum(each.startswith("BEGIN") for each in statements[:at]) for at, _ in enumerate(statements)]
+    ended = [statements[:at].count("COMMIT") for at, _ in enumerate(statements)]
+    outside = [each for at, each in enumerate(statements) if each.startswith(writes) and begun[at] == ended[at]]
+    there = ("CREATE TEMP TABLE", "CREATE TABLE IF NOT EXISTS undecoded")  # nothing on the disk; an earlier version's
+    assert [each for each in outside if not each.startswith(there)] == []
+    statements.clear()
+    index.scan()
+    assert "COMMIT" not in statements
