@@ -229,6 +229,26 @@ def test_ranks_are_counted_in_the_energy_that_they_leave_out(share: float, rank:
     assert rank_that_keeps(AdapterWeights({"a": nothing}), nn.ModuleDict({"a": layer}), share) == 1
 
 
+def test_a_kronecker_product_on_a_layer_in_half_precision_is_multiplied_out_in_float32() -> None:
+    """Beside a weight of 256, where steps of bfloat16 are 2."""
+    layer = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(256.0)
+    first, second = torch.tensor([[0.5, 0.25], [0.0, 1.0]]), torch.tensor([[1.0, 2.0], [3.0, 0.125]])
+    change, _ = weight_change(layer, {"lokr_w1": first, "lokr_w2": second, ALPHA: alpha_tensor(1)})
+    torch.testing.assert_close(change, torch.kron(first, second), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.7, 1), (0.8, 2)])
+def test_of_kinds_of_modules_each_counts_with_the_energy_of_its_change(share: float, rank: int) -> None:
+    """A Kronecker product with the singular values 2 and 1, a LoRA with one of 4: rank 1 leaves 1 of 21."""
+    lora_layer, lora = diagonal(4.0)
+    lokr = {"lokr_w1": torch.eye(1), "lokr_w2": torch.diag(torch.tensor([2.0, 1.0])), ALPHA: alpha_tensor(1)}
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": lora_layer})
+    weights = AdapterWeights({"a": lokr, "b": lora}, lycoris={"multiplier": 0.5})
+    assert rank_that_keeps(weights, model, share) == rank
+
+
 @pytest.mark.parametrize(("limit", "is_whole"), [(4, True), (3, False)])
 def test_the_smaller_side_decides_whether_all_singular_values_are_computed(
     limit: int, is_whole: bool, monkeypatch: pytest.MonkeyPatch

@@ -175,3 +175,9 @@ def test_levels_at_the_bounds_of_a_bias_are_inside() -> None:
 
 def test_quantiles_outside_of_the_unit_interval_take_the_last_chosen_level() -> None:
     assert chosen_sigmas(torch.tensor([1.0]), [0.2, 0.8]).tolist() == pytest.approx([0.8])
+
+
+def test_the_ends_of_the_unit_interval_are_no_infinite_logits() -> None:
+    """The quantile of 1 - 2^-52 under the normal distribution is 8.1: sigmoid(8.1) is 0.9997."""
+    low, high = logit_normal_sigmas(torch.tensor([0.0, 1.0])).tolist()
+    assert (low, high) == (pytest.approx(3e-4, rel=0.05), pytest.approx(1 - 3e-4, rel=1e-4))
