@@ -193,6 +193,14 @@ def diagonal(*values: float) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return nn.Linear(size, size), module
 
 
+def test_a_change_is_computed_where_that_is_asked_for_else_where_its_layer_is() -> None:
+    """Of modules on the CPU; `meta` stands for an accelerator."""
+    norm, module = nn.LayerNorm(2), {"w_norm": torch.ones(2)}
+    assert weight_change(norm, module, device=torch.device("meta"))[0].device.type == "meta"
+    assert weight_change(norm, module)[0].device.type == "cpu"
+    assert weight_change(norm.to("meta"), module)[0].device.type == "meta"
+
+
 @pytest.mark.parametrize("side", [1024, 1])
 def test_the_lost_part_is_counted_by_hand(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular values 6, 3, 2: of rank 1 it leaves 9 + 4 of 49; a LoRA that is kept as it is adds to the whole. A
@@ -269,3 +277,8 @@ def test_the_smaller_side_decides_whether_all_singular_values_are_computed(
     # The root of each singular value stands on both sides.
     torch.testing.assert_close(found[UP].norm(dim=0).square(), torch.tensor([5.0, 3.0]))
     torch.testing.assert_close(found[DOWN].norm(dim=1).square(), torch.tensor([5.0, 3.0]))
+
+
+def test_tensors_of_no_algorithm_are_refused_by_their_names() -> None:
+    with pytest.raises(DataError, match="LyCORIS has no module with else, something"):
+        weight_change(nn.Linear(2, 2), {"something": torch.ones(2), "else": torch.ones(2)})

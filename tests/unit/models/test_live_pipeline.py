@@ -19,6 +19,7 @@ def test_a_reference_is_encoded_from_minus_one_to_one_and_without_the_noise_of_t
 
     def encode_images(vae: Any, pixels: Tensor) -> list[LatentMoments]:
         seen.append(pixels)
+        assert not torch.is_autocast_enabled("cpu")
         return [LatentMoments(pixels[0], torch.full_like(pixels[0], 9.0))]
 
     family: Any = SimpleNamespace(
@@ -31,7 +32,8 @@ def test_a_reference_is_encoded_from_minus_one_to_one_and_without_the_noise_of_t
     image = Image.new("RGB", (2, 1))
     image.putdata([(0, 51, 255), (255, 204, 0)])
     live = LivePipeline(family, SimpleNamespace(set_progress_bar_config=lambda disable: None), nn.Identity())
-    latents = live.encode_reference(image, 64)
+    with torch.autocast("cpu"):
+        latents = live.encode_reference(image, 64)
     pixels = torch.tensor([[[-1.0, 1.0]], [[-0.6, 0.6]], [[1.0, -1.0]]])
     torch.testing.assert_close(seen, [pixels[None]])
     torch.testing.assert_close(latents, 2 * (pixels - 0.25))

@@ -139,6 +139,15 @@ def test_a_saved_model_names_no_part_that_it_does_not_hold(sdxl: Path, tmp_path:
     assert {name for name in parts if not (tmp_path / "saved" / name).is_dir()} == set()
 
 
+def test_a_saved_model_keeps_its_own_decoder_of_previews(sdxl: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sdxl, tmp_path / "model")
+    (folder / "preview_decoder").mkdir(exist_ok=True)
+    (folder / "preview_decoder/own.txt").write_text("mine")
+    family = family_of("sdxl", ModelSource(str(folder)))
+    save_model_folder(family.source, family.spec, family.load_denoiser(), family.scheduler_config, tmp_path / "saved")
+    assert (tmp_path / "saved/preview_decoder/own.txt").read_text() == "mine"
+
+
 def test_each_part_may_have_a_file_of_its_own(tmp_path: Path):
     """FLUX.1 as its release has it: CLIP, T5, transformer and VAE in four places, with names of any kind."""
     folder = tiny_flux_folder(tmp_path / "flux")

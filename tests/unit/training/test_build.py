@@ -170,6 +170,7 @@ def test_a_start_says_what_is_about_to_run(tmp_path: Path, monkeypatch: pytest.M
     mark = run.session.checkpoints.history.mark
     assert (event.run_id, event.branch) == (mark.run_id, mark.branch)
     assert event.details["images"] == "toys: 1, others: 2"
+    assert event.details["adapter file"].startswith("peft format")
     assert event.details["device"] == "cpu in float32"
     assert event.details["model"] == f"{run.model.family.spec.title} (the/base)"
     assert event.details["checkpoints"].startswith("at the end")

@@ -18,7 +18,7 @@ from simpletuner.training.planning.encoding import EncodingCost, TextCost, choos
 from simpletuner.training.planning.loads import _prompts_of_files, largest_load
 from simpletuner.training.planning.memory import Row, largest_encoded, memory_rows, on_demand_bytes
 from simpletuner.training.planning.settings import Cost, Room
-from simpletuner.training.planning.shapes import Load
+from simpletuner.training.planning.shapes import Load, SavedBytes
 from tests.configs import config_of
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -357,3 +357,15 @@ def test_the_vae_counts_beside_the_steps_where_images_are_encoded_on_demand(monk
     beside = dataset(sizes=((16, 32),), encodes_on_demand=True)
     assert on_demand_bytes(None, [before], 4) == 0
     assert on_demand_bytes(None, [before, beside], 4) == 16 * 32 * 4
+
+
+def test_counting_what_autograd_saves_ends_with_its_context() -> None:
+    layer = nn.Linear(2, 2)
+    with SavedBytes(layer, ("Linear",)) as counter:
+        layer(torch.ones(4, 2, requires_grad=True))
+    before = dict(counter.saved)
+    layer(torch.ones(4, 2, requires_grad=True)).square()
+    assert counter.saved == before
+    assert sum(before.values()) == 4 * 2 * 4
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
