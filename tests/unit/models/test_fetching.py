@@ -67,6 +67,24 @@ def test_a_model_that_cannot_be_fetched_is_reported_within_seconds(monkeypatch: 
     assert sum(slept) < 5
 
 
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [([None], None), (["lost", None], None), (["lost", "lost"], "hub.example cannot be reached (lost)")],
+)
+def test_a_connection_that_fails_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, answers: list[str | None], found: str | None
+) -> None:
+    without_network(monkeypatch, "https://hub.example")
+    monkeypatch.setattr(hub_connectivity, "getproxies", dict)
+    asked: list[tuple[str, int]] = []
+    given = iter(answers)
+    monkeypatch.setattr(
+        hub_connectivity, "_failure_to_connect", lambda host, port: asked.append((host, port)) or next(given)
+    )
+    assert hub_connectivity.why_unreachable() == found
+    assert asked == [("hub.example", 443)] * len(answers)
+
+
 def test_what_was_fetched_before_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--me--model"

@@ -120,6 +120,8 @@ def test_a_whole_sd3_in_one_file_is_the_folder_that_it_was_written_from(sd3: Pat
     source = ModelSource(str(bare), file=str(smaller), encoders={"text_encoder_3": "none"})
     without = family_of("sd3", source)
     save_model_folder(source, without.spec, without.load_denoiser(), without.scheduler_config, tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder_3"] == [None, None]
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
     assert_same(pipeline.text_encoder_2, whole.encoders.encoder("text_encoder_2"))
 
