@@ -146,8 +146,7 @@ def restore_best(run: Run) -> None:
         best = None
     if best is not None and best[0] <= run.progress.global_step and best[0] not in run.progress.eval_losses:
         run.progress.eval_losses[best[0]] = best[1]
-        if run.session.process_group.is_main:
-            write_eval_history(run.session, run.progress.eval_losses)
+        write_eval_history(run.session, run.progress.eval_losses)
     if not run.progress.eval_losses or not keeps_best(run):
         return
     step = best_step(run.progress.eval_losses)

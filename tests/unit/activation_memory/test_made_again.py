@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.activation_memory import recompute
 from simpletuner.activation_memory.gates import silu_gated
-from simpletuner.activation_memory.tracing import Trace
+from simpletuner.activation_memory.tracing import Context, Trace
 
 
 @pytest.fixture(autouse=True)
@@ -191,3 +191,13 @@ def test_what_is_cheap_is_not_kept_and_made_again_as_it_was(name: str) -> None:
         output = traced(function, x)
     assert not kept.intersection(places)
     assert torch.equal(torch.autograd.grad(output, factor)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_what_is_made_again_has_the_autocast_of_the_first_time(dtype: torch.dtype | None) -> None:
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        first = Context.of("cpu")
+    for other in (torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", dtype=other, enabled=other is not None), first():
+            assert torch.is_autocast_enabled("cpu") == (dtype is not None)
+            assert dtype is None or torch.get_autocast_dtype("cpu") == dtype

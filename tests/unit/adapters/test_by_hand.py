@@ -21,6 +21,7 @@ from simpletuner.adapters.lokr_kernels import Trial
 from simpletuner.adapters.lora import LoraSettings
 from simpletuner.adapters.metadata import adapter_metadata, modelspec_metadata
 from simpletuner.adapters.peft_settings import config_beside, scale_of_layer, settings_in
+from simpletuner.adapters.reading import adapter_from_tensors
 from simpletuner.adapters.smoke_test import _example_input, smoke_test
 from simpletuner.adapters.targets import (
     LycorisTargets,
@@ -36,6 +37,7 @@ from simpletuner.errors import ConfigError, DataError
 from simpletuner.families.registry import get_spec
 from simpletuner.precision.linear import QuantizedLinear
 from simpletuner.precision.quantize import get_format
+from tests.tiny_flux import tiny_flux_transformer
 
 OMNIGEN, SDXL, FLUX = (get_spec(name) for name in ("omnigen", "sdxl", "flux"))
 ONE = torch.ones(1, 1)
@@ -217,7 +219,8 @@ def test_layers_are_seen_through_quantization() -> None:
     ]  # fmt: skip
     assert [num_rows(each) for each in (packed, nn.Conv2d(2, 7, 1))] == [32, 7]
     assert device_of(packed) == torch.device("cpu")
-    assert floating_dtype(nn.Sequential(packed, nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))) == torch.bfloat16
+    codes = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)])
+    assert floating_dtype(nn.Sequential(codes, packed, nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))) == torch.bfloat16
 
 
 def test_what_could_be_adapted_is_listed_by_class_and_by_path() -> None:
@@ -410,3 +413,22 @@ def test_values_that_do_not_fit_are_named_one_by_one(tmp_path: Path) -> None:
     assert (tensors["a"].tolist(), metadata) == ([1.0], {"k": "v"})
     with pytest.raises(DataError, match="there is no adapter file here"):
         reading.read_adapter_file(tmp_path / "nothing.safetensors")
+
+
+def test_a_matrix_of_several_layers_is_taken_apart_only_as_a_lora_with_the_rows_of_all() -> None:
+    denoiser, spec = tiny_flux_transformer(), get_spec("flux")
+    rows, columns = denoiser.get_submodule("transformer_blocks.0.attn.to_q").weight.shape
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+
+    def read(**tensors: torch.Tensor) -> AdapterWeights:
+        named = {f"{key}.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+        return adapter_from_tensors(named, {}, spec, denoiser, "a file")
+
+    def lora(count: int) -> dict[str, torch.Tensor]:
+        return {"lora_down__weight": torch.ones(1, columns), "lora_up__weight": torch.ones(count, 1)}
+
+    assert sorted(read(**lora(3 * rows)).modules) == [f"transformer_blocks.0.attn.to_{name}" for name in "kqv"]
+    with pytest.raises(DataError, match=f"has {2 * rows} rows, and the model's layers {3 * rows}"):
+        read(**lora(2 * rows))
+    with pytest.raises(DataError, match="is 3 layers in this model, and only a plain LoRA can be taken apart"):
+        read(lokr_w1=torch.ones(1, 1), lokr_w2=torch.ones(3 * rows, columns))

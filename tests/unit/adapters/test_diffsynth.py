@@ -148,6 +148,22 @@ def test_its_file_is_converted_read_and_written_with_the_same_change(name: str, 
     require_deltas(read_adapter(tmp_path / "again.safetensors", spec, denoiser), deltas)
 
 
+def test_every_part_of_its_unet_has_the_number_of_its_place() -> None:
+    keys = get_spec("kolors").diffsynth
+    assert keys is not None
+    residual = [f"down_blocks.{level}.resnets.{place}" for level in range(3) for place in range(2)]
+    residual += [f"mid_block.resnets.{place}" for place in range(2)]
+    residual += [f"up_blocks.{level}.resnets.{place}" for level in range(3) for place in range(3)]
+    paths = {
+        "R": [f"{path}.time_emb_proj" for path in residual],
+        "D": [f"down_blocks.{level}.downsamplers.0.conv" for level in range(2)],
+        "U": [f"up_blocks.{level}.upsamplers.0.conv" for level in range(2)],
+    }
+    for kind, of_kind in paths.items():
+        numbers = [number for number, each in enumerate(UNET_BLOCKS) if each == kind]
+        assert [keys.original(path).name.split(".")[1] for path in of_kind] == list(map(str, numbers))
+
+
 def test_the_alpha_that_its_file_lacks_can_be_given(tmp_path: Path) -> None:
     make, layers_of, _ = MODELS["sd3"]
     denoiser = make()

@@ -193,6 +193,14 @@ def diagonal(*values: float) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return nn.Linear(size, size), module
 
 
+def test_a_change_is_computed_where_that_is_asked_for_else_where_its_layer_is() -> None:
+    """Of modules on the CPU; `meta` stands for an accelerator."""
+    norm, module = nn.LayerNorm(2), {"w_norm": torch.ones(2)}
+    assert weight_change(norm, module, device=torch.device("meta"))[0].device.type == "meta"
+    assert weight_change(norm, module)[0].device.type == "cpu"
+    assert weight_change(norm.to("meta"), module)[0].device.type == "meta"
+
+
 @pytest.mark.parametrize("side", [1024, 1])
 def test_the_lost_part_is_counted_by_hand(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular values 6, 3, 2: of rank 1 it leaves 9 + 4 of 49; a LoRA that is kept as it is adds to the whole. A
@@ -229,6 +237,26 @@ def test_ranks_are_counted_in_the_energy_that_they_leave_out(share: float, rank:
     assert rank_that_keeps(AdapterWeights({"a": nothing}), nn.ModuleDict({"a": layer}), share) == 1
 
 
+def test_a_kronecker_product_on_a_layer_in_half_precision_is_multiplied_out_in_float32() -> None:
+    """Beside a weight of 256, where steps of bfloat16 are 2."""
+    layer = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(256.0)
+    first, second = torch.tensor([[0.5, 0.25], [0.0, 1.0]]), torch.tensor([[1.0, 2.0], [3.0, 0.125]])
+    change, _ = weight_change(layer, {"lokr_w1": first, "lokr_w2": second, ALPHA: alpha_tensor(1)})
+    torch.testing.assert_close(change, torch.kron(first, second), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.7, 1), (0.8, 2)])
+def test_of_kinds_of_modules_each_counts_with_the_energy_of_its_change(share: float, rank: int) -> None:
+    """A Kronecker product with the singular values 2 and 1, a LoRA with one of 4: rank 1 leaves 1 of 21."""
+    lora_layer, lora = diagonal(4.0)
+    lokr = {"lokr_w1": torch.eye(1), "lokr_w2": torch.diag(torch.tensor([2.0, 1.0])), ALPHA: alpha_tensor(1)}
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": lora_layer})
+    weights = AdapterWeights({"a": lokr, "b": lora}, lycoris={"multiplier": 0.5})
+    assert rank_that_keeps(weights, model, share) == rank
+
+
 @pytest.mark.parametrize(("limit", "is_whole"), [(4, True), (3, False)])
 def test_the_smaller_side_decides_whether_all_singular_values_are_computed(
     limit: int, is_whole: bool, monkeypatch: pytest.MonkeyPatch
@@ -249,3 +277,8 @@ def test_the_smaller_side_decides_whether_all_singular_values_are_computed(
     # The root of each singular value stands on both sides.
     torch.testing.assert_close(found[UP].norm(dim=0).square(), torch.tensor([5.0, 3.0]))
     torch.testing.assert_close(found[DOWN].norm(dim=1).square(), torch.tensor([5.0, 3.0]))
+
+
+def test_tensors_of_no_algorithm_are_refused_by_their_names() -> None:
+    with pytest.raises(DataError, match="LyCORIS has no module with else, something"):
+        weight_change(nn.Linear(2, 2), {"something": torch.ones(2), "else": torch.ones(2)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from simpletuner.adapters.files import _require_same_weights, apply_adapter_file, check_saved_adapter
+from simpletuner.adapters.files import (
+    _require_same_weights,
+    apply_adapter_file,
+    check_saved_adapter,
+    load_with_peft,
+    network_from,
+)
 from simpletuner.adapters.lycoris import LycorisAdapter, attach_lycoris
 from simpletuner.adapters.reading import read_adapter
+from simpletuner.adapters.weights import ALPHA, DOWN, UP, AdapterWeights
 from simpletuner.errors import DataError
 from simpletuner.models.omnigen.spec import OMNIGEN
 from tests.tiny import tiny_omnigen_transformer
@@ -253,6 +261,32 @@ def test_a_loader_that_changes_a_weight_is_noticed() -> None:
     for other in ({"a.lokr_w1": weight + 1e-6}, {"a.lokr_w2": weight}, {"b.lokr_w1": weight}):
         with pytest.raises(DataError, match="1 tensors are lost on reloading"):
             _require_same_weights(network, other, "file")
+
+
+def test_a_tensor_that_lycoris_leaves_out_is_an_error() -> None:
+    """Of a module with tensors of two algorithms it reads one."""
+    path = "layers.0.self_attn.to_q"
+    rows, columns = tiny_omnigen_transformer().get_submodule(path).weight.shape
+    lora = {DOWN: torch.ones(2, columns), UP: torch.ones(rows, 2), ALPHA: torch.tensor(2.0)}
+    for more, is_refused in (({}, False), ({"w_norm": torch.ones(rows)}, True)):
+        weights = AdapterWeights({path: lora | more})
+        with pytest.raises(DataError, match="lost on reloading") if is_refused else nullcontext():
+            network_from(weights, tiny_omnigen_transformer(), OMNIGEN, 1.0, "file")
+
+
+def test_peft_gives_layers_of_several_ranks_the_scale_one(tmp_path: Path) -> None:
+    """Files of diffusers' form that name no alpha: each layer's alpha is its own rank."""
+    denoiser, tensors = tiny_omnigen_transformer(), {}
+    for name, rank in (("to_q", 2), ("to_k", 3)):
+        rows, columns = denoiser.get_submodule(f"layers.0.self_attn.{name}").weight.shape
+        key = f"{OMNIGEN.component('denoiser').name}.layers.0.self_attn.{name}"
+        tensors |= {f"{key}.lora_A.weight": torch.ones(rank, columns), f"{key}.lora_B.weight": torch.ones(rows, rank)}
+    assert load_with_peft(tensors, denoiser, OMNIGEN, tmp_path / "a.safetensors") == "PEFT"
+    found = {name: denoiser.get_submodule(f"layers.0.self_attn.{name}") for name in ("to_q", "to_k")}
+    assert {name: (each.r["file"], each.scaling["file"]) for name, each in found.items()} == {
+        "to_q": (2, 1.0),
+        "to_k": (3, 1.0),
+    }
 
 
 def test_half_of_twice_a_change_is_the_change_where_a_file_has_a_multiplier(tmp_path: Path) -> None:

@@ -138,3 +138,14 @@ def test_what_an_earlier_start_chose_stays_and_is_not_timed_again(monkeypatch: p
     [trial] = choose_kernels([module], kernels, CPU, torch.float32, {name: known})
     assert trial.is_won is known
     assert module.kron_kernels is (kernels if known else None)
+
+
+@pytest.mark.parametrize("factor", ["use_w1", "use_w2"])
+def test_a_module_with_a_factor_in_two_parts_computes_as_before(factor: str) -> None:
+    decomposed, whole = modules()
+    setattr(decomposed, factor, False)
+    trials = choose_kernels([decomposed, whole], stand_in([]), CPU, torch.float32)
+    assert len(trials) == 1
+    decomposed, _ = modules()
+    setattr(decomposed, factor, False)
+    assert choose_kernels([decomposed], stand_in([]), CPU, torch.float32) == []

@@ -15,10 +15,11 @@ from lycoris.wrapper import LycorisNetwork, create_lycoris
 
 from simpletuner.adapters import lycoris
 from simpletuner.adapters.base import MatchCount
-from simpletuner.adapters.lycoris import attach_lycoris
+from simpletuner.adapters.lycoris import attach_lycoris, isolated_lycoris
 from simpletuner.adapters.targets import resolve_targets
 from simpletuner.errors import ConfigError
 from simpletuner.models.omnigen.spec import OMNIGEN
+from simpletuner.precision.quantize import quantize
 from tests.tiny import tiny_omnigen_transformer
 from tests.unit.adapters.conftest import base_state_dict, perturb, run_stock
 
@@ -338,3 +339,31 @@ def test_the_kernels_that_were_chosen_are_known_by_shape(quickstart, monkeypatch
     monkeypatch.setattr(lycoris, "choose_kernels", lambda *given: trials)
     assert len(adapter.choose_kernels(torch.device("cpu"), torch.float32, {})) == 2
     assert adapter.kernel_choice == {"4x4 8x8": True, "2x2 8x8": False}
+
+
+def test_no_preset_of_one_network_is_there_for_the_next() -> None:
+    from lycoris.wrapper import VALID_PRESET_KEYS
+
+    def everything() -> tuple[dict[str, Any], dict[str, Any]]:
+        return {key: value for key, value in vars(LycorisNetwork).items() if key.isupper()}, dict(PRESET)
+
+    before = everything()
+    with isolated_lycoris():
+        LycorisNetwork.apply_preset({key: "mine" for key in VALID_PRESET_KEYS if key != "unet_target_module"})
+        PRESET["mine"] = {}
+        assert sum(value == "mine" for value in everything()[0].values()) == 8
+    assert everything() == before
+
+
+def test_only_an_adapter_that_is_merged_into_packed_weights_is_said_to_be() -> None:
+    """Weight decomposition needs the whole weight; a plain LoRA goes beside it."""
+    for decomposes in (False, True):
+        denoiser = quantize(tiny_omnigen_transformer(), "int8-quanto", quantizes_activations=True)
+        lycoris = {
+            "algo": "locon",
+            "linear_dim": 2,
+            "dora_wd": decomposes,
+            "apply_preset": {"target_module": ["Attention"]},
+        }
+        notices = attach_lycoris(denoiser, lycoris, OMNIGEN, torch.float32, 1).notices
+        assert any("layers compute with the adapter merged" in notice for notice in notices) == decomposes

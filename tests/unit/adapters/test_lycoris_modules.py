@@ -281,3 +281,10 @@ def test_dylora_and_ia3_are_dropped_where_the_draw_is_below_their_share(monkeypa
     module.eval()
     ia3.eval()
     assert (layer(torch.ones(1, 4))[0, 0].item(), scaled(ONES).item()) == (36.0, 16.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_adapter_of_a_grouped_convolution_is_merged_into_its_weight(groups: int) -> None:
+    module = LohaModule("loha", nn.Conv2d(4, 4, 3, groups=groups), lora_dim=2)
+    prepare_module(module)
+    assert bool(module.bypass_mode) == (groups == 1)

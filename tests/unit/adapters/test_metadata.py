@@ -150,6 +150,11 @@ def test_where_a_run_was_made_leaves_its_digest_as_it_is_and_how_does_not() -> N
     }
     machine = {"main_process_ip": "10.0.0.1", "main_process_port": 29500, "machine_rank": 1}
     assert {digest(**{key: value}) for key, value in machine.items()} == {plain}
+    places = ("pretrained_vae_model_name_or_path", "text_encoder_paths", "resume_from_checkpoint", "webhook_config")
+    receivers = ("tracker_run_name", "tracker_project_name", "hub_model_id", "push_to_hub")
+    assert {key: digest(**{key: "another"}) for key in (*places, *receivers)} == dict.fromkeys(
+        places + receivers, plain
+    )
     assert digest(learning_rate=2e-4) != plain
 
 

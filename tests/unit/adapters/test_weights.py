@@ -236,6 +236,7 @@ def test_joined_layers_of_two_formats_keep_the_wider_one_and_their_norms():
     wide = {UP: matrix([1 + 2**-12]), DOWN: matrix([1.0]), DORA: matrix([3.0])}
     fused = fuse_loras([(1, narrow), (1, wide)])
     assert fused[UP].tolist() == [[1, 0], [0, 1 + 2**-12]]
+    assert fuse_loras([(1, narrow), (2, narrow | {UP: matrix([1.0], [2.0]).bfloat16()})])[UP].dtype == torch.bfloat16
     assert fused[DORA].tolist() == [[2], [3]]
     assert [piece[DORA].tolist() for piece in split_lora(fused, [1, 1])] == [[[2]], [[3]]]
     with pytest.raises(

@@ -200,6 +200,19 @@ def test_what_a_step_of_the_optimizer_makes_besides_its_state_is_counted(name: s
     assert made == pytest.approx(expected, rel=0.05)
 
 
+def test_weights_of_one_shape_and_two_dtypes_make_what_each_dtype_makes() -> None:
+    """adamw_bf16 copies weights and two averages of bfloat16 to float32; weights of float32 it writes in place."""
+
+    def made(dtypes: dict[str, torch.dtype]) -> int:
+        weights = {name: nn.Parameter(torch.zeros(64, 256, dtype=dtypes[name], device="meta")) for name in dtypes}
+        return step_bytes(weights, lambda tried: build_optimizer(OptimizerOptions(optimizer="adamw_bf16"), tried))
+
+    wide = dict.fromkeys("abcd", torch.float32)
+    narrow = dict.fromkeys("efgh", torch.bfloat16)
+    assert made(wide) == 0
+    assert made(wide | narrow) >= 4 * 3 * 4 * 64 * 256
+
+
 def test_a_plan_has_room_for_the_step_of_the_optimizer_where_the_activations_leave_too_little() -> None:
     with patch.object(memory, "activation_rows", lambda *given: (memory.Row("activations", 300), [])):
         shapes = memory.Shapes(1, 0, {}, 0, 0, MagicMock(), 0, update=1000)

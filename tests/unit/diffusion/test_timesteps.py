@@ -12,6 +12,7 @@ from simpletuner.diffusion.timesteps import (
     biased_quantiles,
     chosen_sigmas,
     fixed_quantiles,
+    interpolate,
     level_weights,
     logit_normal_quantiles,
     logit_normal_sigmas,
@@ -175,3 +176,15 @@ def test_levels_at_the_bounds_of_a_bias_are_inside() -> None:
 
 def test_quantiles_outside_of_the_unit_interval_take_the_last_chosen_level() -> None:
     assert chosen_sigmas(torch.tensor([1.0]), [0.2, 0.8]).tolist() == pytest.approx([0.8])
+
+
+def test_the_ends_of_the_unit_interval_are_no_infinite_logits() -> None:
+    """The quantile of 1 - 2^-52 under the normal distribution is 8.1: sigmoid(8.1) is 0.9997."""
+    low, high = logit_normal_sigmas(torch.tensor([0.0, 1.0])).tolist()
+    assert (low, high) == (pytest.approx(3e-4, rel=0.05), pytest.approx(1 - 3e-4, rel=1e-4))
+
+
+def test_a_line_through_points_is_followed_in_each_part_and_beyond_the_ends() -> None:
+    xs, ys = torch.tensor([0.0, 1.0, 2.0, 4.0]), torch.tensor([0.0, 10.0, 8.0, 0.0])
+    found = interpolate(torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5, 2.5, 4.0, 5.0]), xs, ys)
+    assert found.tolist() == pytest.approx([-5.0, 0.0, 2.5, 10.0, 9.0, 6.0, 0.0, -4.0])

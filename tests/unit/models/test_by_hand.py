@@ -275,6 +275,7 @@ def test_prompts_are_padded_in_the_dtype_of_the_model_and_masked_where_they_diff
     assert found["prompt_mask"].tolist() == [[True, False, False], [True, True, True]]
     assert found.num_tokens == [1, 3]
     assert [len(each) for each in found.references] == [1, 0]
+    assert family.condition_on([PromptEmbeds({"ids": torch.ones(2)})] * 2, ()).num_tokens == []  # a family of one's own
     alike = family.condition_on(rows[1:] * 2, ())
     assert "prompt_mask" not in alike.tensors
     assert [len(each) for each in alike.references] == [0, 0]

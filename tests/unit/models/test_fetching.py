@@ -67,6 +67,24 @@ def test_a_model_that_cannot_be_fetched_is_reported_within_seconds(monkeypatch: 
     assert sum(slept) < 5
 
 
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [([None], None), (["lost", None], None), (["lost", "lost"], "hub.example cannot be reached (lost)")],
+)
+def test_a_connection_that_fails_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, answers: list[str | None], found: str | None
+) -> None:
+    without_network(monkeypatch, "https://hub.example")
+    monkeypatch.setattr(hub_connectivity, "getproxies", dict)
+    asked: list[tuple[str, int]] = []
+    given = iter(answers)
+    monkeypatch.setattr(
+        hub_connectivity, "_failure_to_connect", lambda host, port: asked.append((host, port)) or next(given)
+    )
+    assert hub_connectivity.why_unreachable() == found
+    assert asked == [("hub.example", 443)] * len(answers)
+
+
 def test_what_was_fetched_before_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--me--model"
@@ -90,6 +108,8 @@ def test_a_proxy_is_left_to_find_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "nowhere.invalid cannot be reached" in str(hub_connectivity.why_unreachable())
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:3128")
     assert hub_connectivity.why_unreachable() is None
+    monkeypatch.setenv("no_proxy", "nowhere.invalid")
+    assert "nowhere.invalid cannot be reached" in str(hub_connectivity.why_unreachable())
 
 
 def test_a_lost_connection_is_among_the_failures_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +138,12 @@ def test_every_part_is_of_the_revision_that_is_named(monkeypatch: pytest.MonkeyP
             {"torch_dtype": torch.float32, "subfolder": "vae", "revision": "v2", "variant": "fp16"},
         ),
     ]
+
+
+@pytest.mark.parametrize(("repository", "is_near"), [("black-forest-labs/FLUX.1-dv", True), ("mine/own", False)])
+def test_a_name_that_is_almost_a_published_one_is_proposed(repository: str, is_near: bool) -> None:
+    [problem] = components._not_fetched("config.json", repository, "key", OSError("gone")).problems
+    assert problem.fix is not None
+    assert problem.fix.startswith('did you mean "black-forest-labs/FLUX.1-dev"? Otherwise ') == is_near
+    assert ("did you mean" in problem.fix) == is_near
+    assert "check the connection" in problem.fix

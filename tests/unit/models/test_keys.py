@@ -169,3 +169,22 @@ def test_groups_and_defaults_of_targets_are_whole() -> None:
     text = {f"text_fusion.{block}.*.{part}" for block in blocks for part in parts}
     assert set(get_spec("krea2").target_groups["text"]) == text
     assert GROUPS.keys() == set(family_names())
+
+
+@pytest.mark.parametrize(
+    ("family", "ups", "downs"),
+    [
+        ("sdxl", ["2.2", "5.2"], ["3.0", "6.0"]),
+        ("kolors", ["2.2", "5.2"], ["3.0", "6.0"]),
+        ("sd15", ["2.1", "5.2", "8.2"], ["3.0", "6.0", "9.0"]),
+    ],
+)
+def test_changes_of_size_stand_where_the_released_unets_have_them(
+    family: str, ups: list[str], downs: list[str]
+) -> None:
+    """Upward behind the attention, where a level has one. Diffusers' conversion takes any place, others do not."""
+    keys = get_spec(family).keys
+    up = [keys.original(f"up_blocks.{level}.upsamplers.0.conv").name for level in range(len(ups))]
+    down = [keys.original(f"down_blocks.{level}.downsamplers.0.conv").name for level in range(len(downs))]
+    assert up == [f"output_blocks.{place}.conv" for place in ups]
+    assert down == [f"input_blocks.{place}.op" for place in downs]

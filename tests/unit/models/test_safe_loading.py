@@ -110,6 +110,13 @@ def test_a_shard_index_leads_nowhere_else(folder: Path, part: str, shard: str) -
         shard_names(folder / part / f"{WEIGHTS[part]}.safetensors.index.json")
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a.safetensors"]}, {"weight_map": None}])
+def test_a_shard_index_that_names_no_files_is_refused_by_name(tmp_path: Path, index: dict[str, object]) -> None:
+    (tmp_path / "an.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"an\.index\.json has no weight_map"):
+        shard_names(tmp_path / "an.index.json")
+
+
 def test_an_adapter_or_kernels_beside_an_encoder_are_refused(folder: Path, marker: Path) -> None:
     config = {"base_model_name_or_path": "someone/else", "peft_type": "LORA"}
     (folder / "text_encoder/adapter_config.json").write_text(json.dumps(config))

@@ -23,6 +23,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.models.local_check import check_local_model
 from simpletuner.models.single_file import is_in_file
 from simpletuner.models.weight_files import weight_files
+from tests.configs import config_of
 from tests.runs import dataset, load_here, metrics, train_here, write_images, write_run
 from tests.single_files import original_denoiser, original_vae, write_sd3_file, write_sdxl_file
 from tests.tiny_flux import tiny_flux_folder
@@ -119,8 +120,34 @@ def test_a_whole_sd3_in_one_file_is_the_folder_that_it_was_written_from(sd3: Pat
     source = ModelSource(str(bare), file=str(smaller), encoders={"text_encoder_3": "none"})
     without = family_of("sd3", source)
     save_model_folder(source, without.spec, without.load_denoiser(), without.scheduler_config, tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder_3"] == [None, None]
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
     assert_same(pipeline.text_encoder_2, whole.encoders.encoder("text_encoder_2"))
+
+
+def test_a_saved_model_names_no_part_that_it_does_not_hold(sdxl: Path, tmp_path: Path) -> None:
+    """As Stable Diffusion names its safety checker, which is no part of a family: loaders would look for the folder."""
+    folder = shutil.copytree(sdxl, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    own = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "force_zeros_for_empty_prompt": True}
+    (folder / "model_index.json").write_text(json.dumps(index | own))
+    family = family_of("sdxl", ModelSource(str(folder)))
+    save_model_folder(family.source, family.spec, family.load_denoiser(), family.scheduler_config, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/model_index.json").read_text())
+    assert "safety_checker" not in saved
+    assert saved["force_zeros_for_empty_prompt"] is True
+    parts = {name for name, value in saved.items() if isinstance(value, list) and value[0] is not None}
+    assert {name for name in parts if not (tmp_path / "saved" / name).is_dir()} == set()
+
+
+def test_a_saved_model_keeps_its_own_decoder_of_previews(sdxl: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sdxl, tmp_path / "model")
+    (folder / "preview_decoder").mkdir(exist_ok=True)
+    (folder / "preview_decoder/own.txt").write_text("mine")
+    family = family_of("sdxl", ModelSource(str(folder)))
+    save_model_folder(family.source, family.spec, family.load_denoiser(), family.scheduler_config, tmp_path / "saved")
+    assert (tmp_path / "saved/preview_decoder/own.txt").read_text() == "mine"
 
 
 def test_each_part_may_have_a_file_of_its_own(tmp_path: Path):
@@ -162,6 +189,12 @@ def test_a_text_encoder_s_path_is_checked_before_anything_is_loaded(tmp_path: Pa
     [problem] = check_local_model(ModelSource(str(sdxl), encoders={"text_encoder": path}), get_spec("sdxl"))
     assert message in problem.message
     assert problem.key == "text_encoder_paths"
+
+
+def test_a_vae_may_lie_in_the_folder_of_a_whole_model(sdxl: Path) -> None:
+    source = ModelSource(str(sdxl), vae=str(sdxl))
+    assert check_local_model(source, get_spec("sdxl")) == []
+    assert_same(family_of("sdxl", source).load_vae(), family_of("sdxl", ModelSource(str(sdxl))).load_vae())
 
 
 def test_a_text_encoder_s_folder_has_a_configuration_and_a_hub_id_is_not_looked_at(tmp_path: Path, sdxl: Path):
@@ -328,6 +361,21 @@ def test_a_run_on_the_wrong_file_ends_before_anything_is_encoded(tmp_path: Path,
         load_here(run, f"--pretrained_model_name_or_path={tmp_path / 'flux.safetensors'}").config.model
     )
     assert source.file_key == "pretrained_model_name_or_path"
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["l.safetensors", "g.safetensors"], {"text_encoder": "l.safetensors", "text_encoder_2": "g.safetensors"}),
+        (["", "g.safetensors"], {"text_encoder_2": "g.safetensors"}),
+        ([], {}),
+    ],
+)
+def test_paths_of_text_encoders_are_in_their_order(paths: list[str], expected: dict[str, str]) -> None:
+    options = config_of(model_family="sdxl", text_encoder_paths=paths or None, variant="fp16", revision="main").model
+    source = model_source(options)
+    assert dict(source.encoders) == expected
+    assert (source.variant, source.revision, source.vae) == ("fp16", "main", None)
 
 
 def test_the_key_of_an_error_is_the_one_that_names_the_part(sdxl: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ import pytest
 
 from simpletuner.families.registry import FAMILIES, get_spec
 from simpletuner.families.spec import FamilySpec
+from simpletuner.models import local_check
 
 SPECS = {name: get_spec(name) for name in FAMILIES}
 
@@ -472,3 +474,15 @@ def test_files_name_architecture_and_network_as_other_programs_do() -> None:
         "auraflow": ("", "", "networks.lora"),
         "lumina2": ("lumina-2", "", "networks.lora_lumina"),
     }
+
+
+def test_a_package_is_missed_only_by_a_tokenizer_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_check.importlib.util, "find_spec", lambda name: None)
+    spec = get_spec("pixart_sigma")
+    [name] = [component.name for component in spec.components if component.package]
+    assert local_check._missing_packages(tmp_path, spec, None) == []
+    (tmp_path / name).mkdir()
+    [problem] = local_check._missing_packages(tmp_path, spec, None)
+    assert "which is not installed" in problem.message
+    (tmp_path / name / "tokenizer.json").write_text("{}")
+    assert local_check._missing_packages(tmp_path, spec, None) == []

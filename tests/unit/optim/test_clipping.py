@@ -21,9 +21,9 @@ def grads_of(parameters: list[nn.Parameter]) -> list[list[float]]:
 
 
 def test_by_value_clamps_each_element_and_returns_the_largest() -> None:
-    parameters = with_grads([0.5, -3.0], [0.25, 0.0])
+    parameters = with_grads([0.5, -3.0], [0.25, 2.0])
     assert clip_by_value(parameters, 0.5).item() == 3.0
-    assert grads_of(parameters) == [[0.5, -0.5], [0.25, 0.0]]
+    assert grads_of(parameters) == [[0.5, -0.5], [0.25, 0.5]]
 
 
 def test_by_norm_scales_all_together_and_returns_the_norm() -> None:

@@ -250,6 +250,25 @@ def test_a_state_of_eight_bits_is_saved_as_eight_bits() -> None:
         assert [t.shape for t in tensors.values() if t.dtype == torch.uint8] == [(128, 64)] * (1 + ("ao" in name))
 
 
+@pytest.mark.parametrize(("name", "is_paged"), [("bnb-lion8bit-paged", True), ("bnb-lion8bit", False)])
+def test_a_loaded_state_lies_in_the_memory_that_a_paged_optimizer_makes(name: str, is_paged: bool) -> None:
+    parameters = {"w": nn.Parameter(torch.randn(128, 64))}
+    optimizer, resumed = (build_optimizer(OptimizerOptions(optimizer=name, **CONFIG), parameters) for _ in range(2))
+    train(optimizer, parameters, range(1))
+    pages: list[torch.Tensor] = []
+
+    def page(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+        pages.append(torch.zeros_like(parameter, dtype=dtype))
+        return pages[-1]
+
+    resumed.get_state_buffer = page  # type: ignore[attr-defined]
+    load_optimizer_tensors(resumed, parameters, *optimizer_tensors(optimizer, parameters))
+    found, saved = resumed.state[parameters["w"]]["state1"], optimizer.state[parameters["w"]]["state1"]
+    assert any(found is each for each in pages) == is_paged
+    assert len(pages) == is_paged
+    assert torch.equal(found, saved)
+
+
 def test_a_loaded_state_shares_no_memory_with_the_file() -> None:
     parameters = named_weights()
     optimizer = build_optimizer(OptimizerOptions(optimizer="adamw", **CONFIG), parameters)
@@ -313,8 +332,10 @@ def test_the_state_of_another_run_is_refused() -> None:
     with pytest.raises(DataError, match=r"c\.weight"):
         load_optimizer_tensors(optimizer, parameters, renamed, plain)
     reshaped = {key: value[:1] if value.ndim else value for key, value in tensors.items()}
-    with pytest.raises(DataError, match="1 x 80, not 64 x 80"):
+    with pytest.raises(DataError, match="1 x 80, not 64 x 80") as caught:
         load_optimizer_tensors(optimizer, parameters, reshaped, plain)
+    told = [problem.message.partition(" of ")[0] for problem in caught.value.problems]
+    assert set(told) == {"the optimizer state exp_avg", "the optimizer state exp_avg_sq"}
 
 
 def test_what_prodigy_has_found_of_its_rate_is_saved(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from simpletuner.precision.products import (
     quantize_rows,
     ways_of,
 )
-from simpletuner.precision.quantize import NumberFormats, get_format, require_device
+from simpletuner.precision.quantize import NumberFormats, get_format, quantize, require_device
 
 CPU = torch.device("cpu")
 FORMATS = {"int8-quanto": 0.012, "int8dq-torchao": 0.012, "fp8-torchao": 0.04, "fp8uz-quanto": 0.04}
@@ -404,3 +404,17 @@ def test_a_row_of_zeros_is_zeros_in_8_bits_with_a_scale_that_divides(dtype: torc
     rows, scales = quantize_rows(torch.zeros(2, 4), dtype)
     assert torch.equal(rows.float(), torch.zeros(2, 4))
     assert (scales > 0).all()
+
+
+def test_a_layer_whose_shape_has_no_products_in_8_bits_stays_unpacked_and_is_not_named(on_processor: None) -> None:
+    model: Any = nn.Sequential(packed(), packed(rows=50))
+    choose_products(model, ACCELERATOR, torch.float32, {}, is_timed=False)
+    assert model[0].ways == Ways("direct", "direct")
+    assert model[1].ways == UNPACKED
+    assert list(chosen_products(model)) == ["int8 48x64"]
+
+
+def test_layers_are_packed_without_products_in_8_bits_unless_these_are_asked_for() -> None:
+    for asked in ({}, {"quantizes_activations": True}):
+        model: Any = quantize(nn.Sequential(nn.Linear(64, 48)), "int8-quanto", **asked)
+        assert model[0].is_in_8_bits == bool(asked)

@@ -196,6 +196,15 @@ def test_references_come_with_their_image_all_or_one_that_is_drawn(monkeypatch):
     assert generated[4][1] == 1 + keyed_seed(7, "reference", 4, 1) % 2
 
 
+@pytest.mark.parametrize("sampling", ["combined", "random"])
+def test_an_image_without_references_has_none_beside_one_that_has(sampling: str) -> None:
+    source = with_references(conditioning_multidataset_sampling=sampling)
+    [sample] = ToyDataset({"a": (1.0, 3.0)}).samples.rows
+    assert source.references(sample, 0, 0) == ()
+    [paired] = [dataclasses.replace(sample, references=(reference("a1"),))]
+    assert source.references(paired, 0, 0) == paired.references
+
+
 def test_a_share_of_dropped_captions_takes_its_references_along_and_no_other():
     """The two draws are keyed apart: among dropped captions half keep their references, among kept ones all."""
     counts = {True: [], False: []}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +144,19 @@ def test_images_are_generated_by_the_main_process_or_by_all_that_share_the_denoi
     assert built(0, False) is None
 
 
+@pytest.mark.parametrize(("named", "expected"), [({}, "output"), ({"tracker_run_name": "a name"}, "a name")])
+def test_an_external_script_is_given_the_name_of_the_run_or_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, str], expected: str
+) -> None:
+    run, _ = toy_run(tmp_path, ONE)
+    script = {"validation_method": "external-script", "validation_external_script": "echo"}
+    monkeypatch.setattr(build, "ExternalScript", lambda command, facts, *rest: facts)
+    loaded: Any = SimpleNamespace(config=config_of(**script, **named, validation_prompt="a cat"), prompt_library=None)
+    facts: Any = build_validator(loaded, run.model.family, [], run.session)
+    assert facts["tracker_run_name"] == expected
+    assert (facts["output_dir"], facts["validation_prompt"]) == (str(tmp_path / "output"), "a cat")
+
+
 def test_a_start_says_what_is_about_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, recorder = toy_run(tmp_path, ONE, max_train_steps=7, tracker_run_name="a name")
     run.datasets = [ToyDataset(ONE), ToyDataset({"b": (1.0, 1.0), "c": (1.0, 1.0)}, id="others")]
@@ -155,6 +170,7 @@ def test_a_start_says_what_is_about_to_run(tmp_path: Path, monkeypatch: pytest.M
     mark = run.session.checkpoints.history.mark
     assert (event.run_id, event.branch) == (mark.run_id, mark.branch)
     assert event.details["images"] == "toys: 1, others: 2"
+    assert event.details["adapter file"].startswith("peft format")
     assert event.details["device"] == "cpu in float32"
     assert event.details["model"] == f"{run.model.family.spec.title} (the/base)"
     assert event.details["checkpoints"].startswith("at the end")
@@ -237,6 +253,34 @@ def test_a_model_is_built_with_the_seed_the_strength_and_the_memory_that_are_giv
     assert (model.ema is not None) == is_written
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_a_model_is_loaded_in_turns_where_memory_asks_for_it_and_a_cpu_says_what_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, waits: bool
+) -> None:
+    run, recorder = toy_run(tmp_path, ONE, gradient_checkpointing=False)
+    seen: list[str] = []
+
+    @contextmanager
+    def in_turns(self: ProcessGroup) -> Iterator[None]:
+        seen.append("begin")
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr(ProcessGroup, "in_turns", in_turns)
+    answers = {
+        **{"mesh_of": None, "must_take_turns": waits, "attach_adapter": run.model.adapter, "describe_adapter": None},
+        **{"place_denoiser": run.model.placement, "choose_kernels": None, "compile_blocks": None},
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(build, name, lambda *given, answer=answer: answer)
+    run.model.family.device = torch.device(device)
+    run.model.family.load_base = lambda: (seen.append("load"), run.model.denoiser)[1]  # type: ignore[method-assign]
+    loaded = replace(run.loaded, config=run.loaded.config.with_values({"activation_memory": "high"}))
+    build.load_model(loaded, run.model.family, run.session, None, 10, None, None, has_sizes=False)
+    assert seen == (["begin", "load", "end"] if waits else ["load"])
+    assert ("activation_memory: high, the default on a CPU" in texts(recorder)) == (device == "cpu")
+
+
 def test_an_epoch_that_is_shorter_now_ends_a_resumed_run_where_as_much_is_left(tmp_path: Path) -> None:
     """Half of the first of two epochs is done: of two images in one batch that is none of it."""
     two = {"a": (1.0, 3.0), "b": (1.0, 3.0)}
@@ -246,6 +290,28 @@ def test_an_epoch_that_is_shorter_now_ends_a_resumed_run_where_as_much_is_left(t
     other, _ = toy_run(tmp_path / "other", two, train_batch_size=2, **options)
     resumed = run_length(other.config.training, other.batches.sampler, tmp_path / "output/checkpoint-1")
     assert resumed.total_steps == 1 + 2
+
+
+def test_a_resume_finds_the_best_checkpoint_that_the_record_lacks_and_tells_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_train_steps": 3, "checkpoint_step_interval": 1, "checkpoints_total_limit": 0}
+    run, _ = toy_run(tmp_path, ONE, **options)
+    run_training(run)
+    write_eval_history(run.session, {1: 0.5})
+    run.session.checkpoints.link_best(2, 0.25)
+    for name in ("announce", "write_lock"):
+        monkeypatch.setattr(build, name, lambda *given, **named: None)
+    start = Start(run.session.checkpoints.history, tmp_path / "output/checkpoint-2", is_own=True, moves=False)
+    again, _ = toy_run(tmp_path, ONE, **options)
+    resume(again, start)
+    assert again.progress.eval_losses == {1: 0.5, 2: 0.25}
+    of_main = iter([{"1": 0.5}, {"1": 0.5, "2": 0.25}])
+    monkeypatch.setattr(ProcessGroup, "is_main", property(lambda self: False))
+    monkeypatch.setattr(ProcessGroup, "from_main", lambda self, value: next(of_main))
+    other, _ = toy_run(tmp_path, ONE, **options)
+    resume(other, start)
+    assert other.progress.eval_losses == {1: 0.5, 2: 0.25}
 
 
 def test_eval_losses_of_other_images_are_gone_from_the_folder_too(tmp_path: Path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from simpletuner import storage
+from simpletuner.distributed.process_group import ProcessGroup
 from simpletuner.errors import ConfigError, DataError
 from simpletuner.reporting.events import CheckpointSaved, Notice
 from simpletuner.training.build import checkpoint_plan
@@ -169,6 +170,15 @@ def test_the_best_one_links_the_files_of_its_step_and_notes_its_loss(tmp_path):
     run.session.checkpoints.save_best(run, 0.125)
     assert load_file(best / file)["weight"].tolist() == [9, 9]
     assert load_file(tmp_path / "output/checkpoint-1" / file)["weight"].tolist() == [0.5, 1.5]
+
+
+def test_no_process_goes_on_before_the_best_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = toy_run(tmp_path, ONE, max_train_steps=1)
+    run_training(run)
+    best, seen = tmp_path / "output/checkpoint-best", []
+    monkeypatch.setattr(ProcessGroup, "barrier", lambda self: seen.append(best.is_dir()))
+    run.session.checkpoints.save_best(run, 0.25)
+    assert seen == [True]
 
 
 def test_a_checkpoint_holds_all_that_a_run_stands_on(tmp_path):

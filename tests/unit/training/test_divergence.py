@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from simpletuner.errors import DivergedError
 from simpletuner.reporting.events import CheckpointSaved
 from simpletuner.training.checkpoint import load_checkpoint
-from simpletuner.training.divergence import UNTOUCHED, Skips, non_finite, require_finite
+from simpletuner.training.divergence import UNTOUCHED, Skips, _bad_base, non_finite, require_finite
 from simpletuner.training.loop import run_training
 from simpletuner.training.progress import Progress
 from tests.processes import in_processes
@@ -303,3 +305,20 @@ def test_a_checkpoint_that_was_loaded_is_not_settled_before_a_finite_step(tmp_pa
     again.max_train_steps = 2
     run_training(again)
     assert not again.session.checkpoints.is_settled  # the one of step 2 is new
+
+
+@pytest.mark.parametrize(
+    ("precision", "end", "fix"),
+    [
+        ("no_change", "weight first", "fetch the model's files again"),
+        ("int8-quanto", "weight first (int8-quanto)", "set base_model_precision to no_change"),
+    ],
+)
+def test_a_base_that_is_not_finite_is_fetched_again_or_not_packed(precision: str, end: str, fix: str) -> None:
+    base = nn.Linear(2, 1)
+    with torch.no_grad():
+        base.weight[0, 1] = torch.nan
+    [(cause, key, proposal)] = _bad_base(SimpleNamespace(trainable=[], denoiser=base), precision)
+    assert cause == f"1 tensors of the frozen base model are not finite, {end}"
+    assert (key, proposal) == ("base_model_precision", fix)
+    assert not list(_bad_base(SimpleNamespace(trainable=[base.weight], denoiser=base), precision))

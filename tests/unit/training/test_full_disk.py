@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,3 +131,21 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     [reported] = texts(recorder, "warning")
     assert "could not be removed" in reported
     assert "checkpoint-1" in reported
+
+
+def test_a_paused_run_sleeps_between_its_looks_at_the_signal(tmp_path, monkeypatch):
+    run, _ = toy_run(tmp_path, ONE)
+    now, slept = [0.0], []
+
+    def monotonic() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(full_disk, "time", SimpleNamespace(monotonic=monotonic, sleep=sleep))
+    error = DiskError(storage.Problem("cannot be written: the disk is full"), errno.ENOSPC)
+    full_disk.wait_for_disk_space(run.session, "checkpoint-1", error)
+    assert slept == [0.01] * 2

@@ -120,3 +120,15 @@ def test_half_as_many_blocks_keep_theirs_each_time_that_memory_does_not_suffice(
         assert memory.recompute_more()
         assert step(memory, *[SMALL] * 5) == [True] * (5 - kept) + [False] * kept
     assert not memory.recompute_more()
+
+
+@pytest.mark.parametrize(("answers", "found"), [([True, False], [True, False]), ([False], [False])])
+def test_a_step_is_tried_again_only_where_its_room_has_more_to_recompute(
+    answers: list[bool], found: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointing = made_of(gradient_checkpointing_interval="auto")
+    assert checkpointing is not None
+    left = iter(answers)
+    monkeypatch.setattr(checkpointing.room, "recompute_more", lambda: next(left))
+    assert [checkpointing.recompute_more() for _ in answers] == found
+    assert next(left, None) is None

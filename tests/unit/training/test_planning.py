@@ -12,14 +12,25 @@ from torch import nn
 
 from simpletuner.batch import Crop, PromptEmbeds
 from simpletuner.config.layers import Origin
+from simpletuner.families.registry import get_family_class, get_spec
+from simpletuner.models.build import build_family
+from simpletuner.models.components import ModelSource
 from simpletuner.training.planning import memory
 from simpletuner.training.planning import settings as planning
 from simpletuner.training.planning.encoding import EncodingCost, TextCost, choose_texts, largest_references
 from simpletuner.training.planning.loads import _prompts_of_files, largest_load
-from simpletuner.training.planning.memory import Row, largest_encoded, memory_rows, on_demand_bytes
+from simpletuner.training.planning.memory import (
+    Row,
+    encode_bytes,
+    largest_encoded,
+    memory_rows,
+    on_demand_bytes,
+    read_shapes,
+)
 from simpletuner.training.planning.settings import Cost, Room
-from simpletuner.training.planning.shapes import Load
+from simpletuner.training.planning.shapes import Load, SavedBytes
 from tests.configs import config_of
+from tests.runs import load_here, write_run
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -357,3 +368,42 @@ def test_the_vae_counts_beside_the_steps_where_images_are_encoded_on_demand(monk
     beside = dataset(sizes=((16, 32),), encodes_on_demand=True)
     assert on_demand_bytes(None, [before], 4) == 0
     assert on_demand_bytes(None, [before, beside], 4) == 16 * 32 * 4
+
+
+def test_counting_what_autograd_saves_ends_with_its_context() -> None:
+    layer = nn.Linear(2, 2)
+    with SavedBytes(layer, ("Linear",)) as counter:
+        layer(torch.ones(4, 2, requires_grad=True))
+    before = dict(counter.saved)
+    layer(torch.ones(4, 2, requires_grad=True)).square()
+    assert counter.saved == before
+    assert sum(before.values()) == 4 * 2 * 4
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_where_blocks_may_keep_less_that_is_measured_too(
+    omnigen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_free: bool
+) -> None:
+    monkeypatch.setattr("simpletuner.activation_memory.recompute.LARGE", 0)
+    auto: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_interval": "auto" if is_free else "1",
+    }
+    loaded = load_here(write_run(tmp_path / "run", omnigen_folder, **auto))
+    family = build_family(loaded.config)
+    shapes = read_shapes(loaded, family, Load(1, 64, 64), family.encode_prompts(["a cat"]))
+    assert (shapes.least is not None) == is_free
+    if shapes.least is not None:
+        assert sum(shapes.least.inside) < 0.8 * sum(shapes.activations.inside)
+
+
+def test_what_the_vae_makes_while_it_encodes_grows_with_images_and_batches(omnigen_folder: Path) -> None:
+    spec = get_spec("omnigen")
+    family = get_family_class(spec)(spec, ModelSource(str(omnigen_folder)), torch.device("cpu"), torch.float32)
+    weights = sum(parameter.nbytes for parameter in family.empty_vae().parameters())
+    small, tall, two = (encode_bytes(family, *size) - weights for size in ((64, 64, 1), (128, 64, 1), (64, 64, 2)))
+    assert small > 10 * 3 * 64 * 64 * 4  # several feature maps of the image's size
+    assert tall == pytest.approx(2 * small, rel=0.1)
+    assert two == pytest.approx(2 * small, rel=0.1)

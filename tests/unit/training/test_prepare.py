@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,22 @@ import pytest
 
 from simpletuner.config.datasets import EvalDataset, ImageDataset
 from simpletuner.config.options import TrainConfig
-from simpletuner.errors import ConfigError, DataError
+from simpletuner.errors import ConfigError, DataError, Interrupted
 from simpletuner.models.omnigen.spec import OMNIGEN
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import PhaseProgress, PhaseStarted
+from simpletuner.training import prepare
 from simpletuner.training.phases import phase
-from simpletuner.training.prepare import check_sizes, require_full_batches, require_training, with_holdout
+from simpletuner.training.prepare import (
+    check_sizes,
+    require_full_batches,
+    require_trainable,
+    require_training,
+    with_holdout,
+)
+from simpletuner.training.process import Process
+from simpletuner.training.run_history import FolderGuard
+from simpletuner.training.signals import StopRequest
 from tests.configs import config_of
 from tests.toy import Recorder, ToyDataset
 from tests.unit.data.images import build_datasets, options, write_image
@@ -91,6 +102,23 @@ def test_eval_datasets_alone_are_nothing_to_train_on(datasets) -> None:
     assert (caught.value.problems[0].key, caught.value.problems[0].file) == ("dataset_type", "data.json")
 
 
+@pytest.mark.parametrize(
+    ("kept", "options", "side", "message"),
+    [
+        (slice(0, 2), {}, 10_000, None),
+        (slice(1, 2), {}, 10_000, "there is nothing to train on"),
+        (slice(0, 2), {}, 32, "too large for"),
+        (slice(0, 2), {"allow_dataset_oversubscription": False, "train_batch_size": 4}, 10_000, "fewer images"),
+    ],
+)
+def test_a_run_begins_only_on_data_that_passes_each_check(
+    datasets, kept: slice, options: dict[str, Any], side: int, message: str | None
+) -> None:
+    loaded: Any = SimpleNamespace(config=config_of(**options), data_file=None)
+    with pytest.raises((ConfigError, DataError), match=message) if message else nullcontext():
+        require_trainable(loaded, family_up_to(side), datasets[kept])
+
+
 def test_what_is_held_out_is_told_and_has_the_latents_of_its_dataset(datasets) -> None:
     told: list[str] = []
     process: Any = SimpleNamespace(inform=told.append)
@@ -124,3 +152,19 @@ def test_a_dataset_that_draws_with_replacement_fills_every_batch() -> None:
         require_full_batches(config, [dataset], None)
     dataset.with_replacement = True
     require_full_batches(config, [dataset], None)
+
+
+def test_a_signal_ends_a_scan_at_the_next_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, counted = StopRequest(), []
+    process = Process(guard=FolderGuard(tmp_path), bus=EventBus([]), stop=stop)
+
+    def read_datasets(loaded: Any, family: Any, report: Any) -> None:
+        for count in range(5):
+            counted.append(count)
+            report("images", count, 5)
+            stop.adopt()
+
+    monkeypatch.setattr(prepare, "read_datasets", read_datasets)
+    with pytest.raises(Interrupted, match="nothing was trained yet"):
+        prepare.prepare_datasets(SimpleNamespace(), SimpleNamespace(), process)  # type: ignore[arg-type]
+    assert counted == [0, 1]

@@ -224,6 +224,13 @@ def test_what_may_change_is_told_in_words(before: dict, now: dict, line: str) ->
     assert same == []
 
 
+@pytest.mark.parametrize("key", ["processes", "torch", "datasets", "schedules"])
+def test_what_an_older_checkpoint_does_not_tell_has_not_changed(key: str) -> None:
+    saved = identity()
+    del saved["told"][key]
+    assert compare_identity(saved, identity(), Path("checkpoint-4")) == []
+
+
 def test_of_two_new_datasets_one_is_the_renamed_one() -> None:
     before, now = data(a=(3, "f")), data(b=(3, "f"), c=(3, "f"))
     lines = compare_identity(identity(datasets=before), identity(datasets=now), Path("checkpoint-4"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,3 +50,22 @@ def test_a_run_clears_up_says_whether_it_is_new_and_is_closed_however_it_ends(
         trainer.train(run.loaded)
     assert seen == [(output_dir, is_new)]
     assert closed == [run]
+
+
+def test_a_run_ends_with_the_seconds_that_its_steps_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, recorder = toy_run(tmp_path, {"a": (1.0, 3.0)})
+    clock = iter([100.0, 103.5])
+    seconds: list[float] = []
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for name, function in {
+        "build_run": lambda loaded, process: run,
+        "build_sinks": lambda *given, **named: [recorder],
+        "build_publisher": lambda *given: None,
+        "chosen_kernels": lambda *given: nullcontext(),
+        "run_training": lambda run: None,
+        "finish_run": lambda run, taken: seconds.append(taken),
+        "report_run": lambda *given: None,
+    }.items():
+        monkeypatch.setattr(trainer, name, function)
+    trainer.train(run.loaded)
+    assert seconds == [3.5]
