@@ -9,7 +9,9 @@ import os
 import re
 import socket
 import sqlite3
+import ssl
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -26,7 +28,7 @@ from simpletuner.disk import (
     is_writable,
     reported_as_disk_errors,
 )
-from simpletuner.errors import EXIT_DATA, Problem
+from simpletuner.errors import EXIT_DATA, DataError, Problem
 from simpletuner.tempnames import StaleName, new_sibling, parse_name
 
 NETWORK = {errno.EPIPE, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
@@ -46,7 +48,16 @@ def test_every_errno_of_a_write_is_reported_with_its_file(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), OSError("no number"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        ssl.SSLError(errno.EPERM, "a certificate, whose number is none of a disk"),
+        socket.gaierror(errno.ENOENT, "no such host"),
+        OSError("no number"),
+        ValueError("x"),
+    ],
+)
 def test_what_is_no_disk_is_no_disk_error(error):
     assert disk_error(error) is None
     with pytest.raises(type(error)), reported_as_disk_errors():
@@ -162,6 +173,14 @@ def test_a_database_in_memory_has_the_content_of_the_file_or_nothing(tmp_path):
             assert empty.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
 
 
+def test_a_database_in_memory_serves_all_threads_whatever_its_file_was(tmp_path):
+    (tmp_path / "damaged").write_bytes(b"no database" * 500)
+    with ThreadPoolExecutor(1) as pool:
+        for name in ("damaged", "none"):
+            with contextlib.closing(copy_in_memory(tmp_path / name)) as database:
+                assert pool.submit(lambda opened: opened.execute("SELECT 1").fetchone(), database).result() == (1,)
+
+
 def test_a_file_can_be_made_where_the_nearest_folder_that_is_there_can_be_written(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "access", lambda path, mode: (asked.append((path, mode)), path != tmp_path / "file")[1])
@@ -234,3 +253,24 @@ def test_a_left_over_tells_its_machine_process_kind_and_name(tmp_path):
 def test_what_another_machine_has_just_renamed_may_still_be_worked_on(tmp_path):
     foreign = StaleName("0" * 8, os.getpid(), 0, None)
     assert foreign.is_owner_alive(tmp_path / "gone")
+
+
+def test_a_tensor_file_without_tensors_is_whole_and_one_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    storage.save_tensors(path, {}, {"of": "an optimizer before its first step"})
+    assert storage.read_tensor_metadata(path) == {"of": "an optimizer before its first step"}
+    with pytest.raises(DataError, match=r"none\.safetensors: cannot be read: No such file"):
+        storage.read_tensor_metadata(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", None])
+def test_a_lock_makes_its_folder_and_is_held_whatever_its_holder_left_of_its_name(tmp_path, damage):
+    lock = tmp_path / "not" / "there" / "lock"
+    with storage.exclusive_lock(lock, "training"):
+        holder = lock.with_name("lock.holder")
+        holder.unlink() if damage is None else holder.write_bytes(damage)
+        with (
+            pytest.raises(DataError, match="training into a: another process already does this"),
+            storage.exclusive_lock(lock, "training into a"),
+        ):
+            pass

@@ -17,7 +17,7 @@ from PIL import Image
 
 from simpletuner.commands.captions import check_captions
 from simpletuner.commands.check import Steps, check, check_dataset, count_steps, gather, sorted_sizes
-from simpletuner.commands.contact_sheet import wrapped
+from simpletuner.commands.contact_sheet import MARGIN, TITLE_SIZE, render_sheet, wrapped
 from simpletuner.commands.remedies import _small_buckets
 from simpletuner.data.holdout import place_of
 from simpletuner.data.tiles import choose_images, spread
@@ -326,3 +326,10 @@ def test_a_size_that_its_repeats_fill_needs_no_remedy() -> None:
     [line] = _small_buckets(SimpleNamespace(repeats=1, filter_report=report), 4)
     assert line.startswith("1 size with fewer images than a batch of 4 (128x64: 1): repeats 3 fills it")
     assert list(_small_buckets(SimpleNamespace(repeats=3, filter_report=report), 4)) == []
+
+
+def test_the_sheet_has_its_title_within_its_margins():
+    titled, plain = (np.asarray(render_sheet(title, []).convert("L")) for title in ("my images", ""))
+    rows, columns = (np.flatnonzero((titled != plain).any(axis=axis)) for axis in (1, 0))
+    assert MARGIN <= rows[0] < rows[-1] < MARGIN + 1.5 * TITLE_SIZE
+    assert MARGIN <= columns[0] < columns[-1] < titled.shape[1] - MARGIN

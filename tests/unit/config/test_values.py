@@ -169,6 +169,21 @@ def test_a_file_of_edits_has_one_on_each_line_or_is_a_list(tmp_path: Path) -> No
     assert read_filter_file(tmp_path / "b.JSON") == ("one", "")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"one": "two"}', "is not a list of texts"),
+        (b'["one", 2]', "is not a list of texts"),
+        (b'["one"', "is not JSON"),
+        (b'["one \xff"]', "UTF-8"),
+    ],
+)
+def test_a_file_of_edits_that_is_no_list_of_texts_says_so(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_filter_file(tmp_path / "a.json")
+
+
 def test_patterns_of_modules_meet_where_one_path_fits_both() -> None:
     names = ["*attn.to_q", "blocks.*.ff"]
     fitting = [

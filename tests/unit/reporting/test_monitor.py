@@ -326,6 +326,8 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     with running() as server:
         _, page, headers = ask(server, "GET", "/")
         assert "default-src 'none'" in headers["Content-Security-Policy"]
+        kept = ("X-Content-Type-Options", "Referrer-Policy", "X-Frame-Options")
+        assert [headers[name] for name in kept] == ["nosniff", "no-referrer", "DENY"]
         for path in ("/monitor.js", "/chart.js", "/monitor.css", "/icon.svg"):
             status, text, _ = ask(server, "GET", path)
             assert status == 200

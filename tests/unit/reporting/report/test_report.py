@@ -28,7 +28,7 @@ from simpletuner.reporting.events import (
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
-from simpletuner.reporting.report.record import RunRecord, read_run
+from simpletuner.reporting.report.record import RunRecord, read_contact, read_run
 from simpletuner.reporting.report.view import checkpoints_of, tiles_of, times_of
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
@@ -300,3 +300,21 @@ def test_times_are_shown_longest_first_as_shares_of_the_longest(tmp_path: Path):
         ("loading", 0.25, "1.0 s"),
     ]
     assert times_of(RunRecord(tmp_path)) == []
+
+
+def test_images_that_the_run_kept_are_listed_by_dataset_as_far_as_their_table_can_be_read(tmp_path: Path):
+    (tmp_path / "1").write_bytes(b"an image")
+    assert read_contact(tmp_path) == {}
+    shown = [
+        {"dataset": "cats", "file": "1", "caption": "a cat", "note": "cut"},
+        {"dataset": "cats", "file": 1},
+        {"dataset": "dogs", "file": "elsewhere/1"},
+        {"dataset": "dogs", "file": "gone"},
+        {"dataset": "dogs"},
+        "no image",
+    ]
+    (tmp_path / "pictures.json").write_text(json.dumps(shown))
+    path = tmp_path / "1"
+    assert read_contact(tmp_path) == {"cats": [(path, "a cat", "cut"), (path, "", "")], "dogs": [(path, "", "")]}
+    (tmp_path / "pictures.json").write_text('{"dataset": "cats"}')
+    assert read_contact(tmp_path) == {}
