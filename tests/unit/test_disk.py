@@ -274,3 +274,12 @@ def test_a_lock_makes_its_folder_and_is_held_whatever_its_holder_left_of_its_nam
             storage.exclusive_lock(lock, "training into a"),
         ):
             pass
+
+
+def test_a_folder_counts_though_the_one_that_it_replaces_cannot_be_removed(tmp_path, monkeypatch):
+    for text in ("old", "new"):
+        monkeypatch.setattr("os.rmdir", lambda *given, **keys: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
+        with storage.commit_dir(tmp_path / "folder") as folder:
+            (folder / "a").write_text(text)
+    assert (tmp_path / "folder" / "a").read_text() == "new"
+    assert storage.verify_dir(tmp_path / "folder") == []

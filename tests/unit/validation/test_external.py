@@ -104,5 +104,7 @@ def test_what_it_prints_is_kept_and_a_missing_program_is_reported(scripts: Scrip
 def test_it_waits_for_the_first_checkpoint_where_it_asks_for_one(scripts: Scripts) -> None:
     assert scripts.make("generate {local_checkpoint_path}").start(1) == []
     assert scripts.reported == ["step 1: there is no checkpoint yet; validation_external_script was not started"]
-    scripts.make("draw").run(None, None, None, 0)
+    scripts.make("no-such-program-here").run(None, None, None, 0)
     assert len(scripts.reported) == 1
+    scripts.make("no-such-program-here").run(None, None, None, 1)
+    assert "cannot be started" in scripts.reported[1]

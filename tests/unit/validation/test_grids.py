@@ -64,6 +64,12 @@ def test_the_words_of_a_sheet_stand_over_what_they_name(monkeypatch):
         ((20, 51), "first", "#6b7785", 15, 268),
         ((20, 218), "second", "#6b7785", 15, 268),
     ]
+    wide = [Image.new("RGB", (300, 128)), Image.new("RGB", (128, 256))]  # as large as they are
+    assert comparison_sheet(["base", "step 10"], [SheetRow("first", wide)]).size == (
+        20 + 300 + 12 + 300 + 20,
+        20 + 31 + 27 + 256 + 12 + 20,
+    )
+    del written[4:]
     comparison_sheet(["base"], [], "title")
     assert written[4:] == [((20, 20), "title", "#1f2933", 22, 192), ((20, 60), "base", "#1f2933", 17, 192)]
 

@@ -29,7 +29,7 @@ from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
 from simpletuner.reporting.report.record import RunRecord, read_contact, read_run
-from simpletuner.reporting.report.view import checkpoints_of, tiles_of, times_of
+from simpletuner.reporting.report.view import checkpoints_of, commands_of, spread, tiles_of, times_of, view_of
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -318,3 +318,29 @@ def test_images_that_the_run_kept_are_listed_by_dataset_as_far_as_their_table_ca
     assert read_contact(tmp_path) == {"cats": [(path, "a cat", "cut"), (path, "", "")], "dogs": [(path, "", "")]}
     (tmp_path / "pictures.json").write_text('{"dataset": "cats"}')
     assert read_contact(tmp_path) == {}
+
+
+def test_what_is_too_much_for_the_page_is_counted_or_spread_over_the_run(tmp_path: Path):
+    for count, more in ((60, 0), (61, 1), (63, 3)):
+        warnings = [f"warning {number}" for number in range(count)]
+        view = view_of(RunRecord(tmp_path, warnings=warnings))
+        assert view["warnings"] == {"shown": warnings[:60], "num_more": more}
+    assert spread([1, 2, 3], 3) == [1, 2, 3]
+    assert spread([10, 20, 30, 40, 50], 3) == [10, 30, 50]
+    assert spread([10, 20, 30, 40, 50, 60, 70], 2) == [10, 70]
+
+
+def test_the_next_commands_are_those_of_the_state_of_the_run(tmp_path: Path):
+    update = ("Update this page", f"simpletuner report {tmp_path}")
+    assert commands_of(RunRecord(tmp_path)) == [update]
+    (tmp_path / "logs").mkdir()
+    run = RunRecord(tmp_path, start={"run_name": "a"}, lock={"command": "simpletuner train a"})
+    curves = ("Open the curves in TensorBoard", f"tensorboard --logdir {tmp_path / 'logs'}")
+    assert commands_of(run) == [("Resume from the last checkpoint", "simpletuner train a"), curves, update]
+    run.end = {"event": "run_finished", "commands": ["simpletuner generate"]}
+    assert commands_of(run) == [
+        ("Generate images with the trained weights", "simpletuner generate"),
+        ("Start the same run again", "simpletuner train a"),
+        curves,
+        update,
+    ]
