@@ -167,8 +167,10 @@ def test_a_database_in_memory_has_the_content_of_the_file_or_nothing(tmp_path):
         assert copied.execute("SELECT b FROM a").fetchall() == [(8,)]
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT b FROM a").fetchall() == [(7,)]
+    torn = tmp_path / "torn"
+    torn.write_bytes(path.read_bytes().replace(b"CREATE TABLE a", b"CREATE TABBE a"))
     path.write_bytes(b"no database" * 500)
-    for name in (path, tmp_path / "none"):
+    for name in (path, torn, tmp_path / "none"):
         with contextlib.closing(copy_in_memory(name)) as empty:
             assert empty.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
 

@@ -21,7 +21,7 @@ from simpletuner import storage
 from simpletuner.disk import DiskError
 from simpletuner.errors import EXIT_UPLOAD, Problem, UploadError
 from simpletuner.hub.job import ADAPTER_FILE, HubJob
-from simpletuner.hub.publisher import MOST_WAITING, STAGING_DIR, Publisher
+from simpletuner.hub.publisher import MOST_WAITING, Publisher
 from simpletuner.hub.staging import Upload, stage
 from simpletuner.reporting.bus import EventBus
 from simpletuner.reporting.events import CheckpointSaved, EvalDone, ImagesMade, Notice, RunStarted, SavedImage
@@ -152,29 +152,6 @@ def test_who_waits_for_an_upload_answers_a_signal_at_once(hub, api, job, checkpo
         with pytest.raises(UploadError, match="not on the Hub"):
             publisher.finish(100)
         assert asked, "the end"
-
-
-def test_what_a_killed_process_had_staged_is_removed_at_the_next_start(job):
-    left = job.output_dir / STAGING_DIR / "step-5"
-    left.mkdir(parents=True)
-    (left / ADAPTER_FILE).write_bytes(b"half")
-    _, bus = start(job, None, Reported())
-    bus.close()
-    assert not left.exists()
-
-
-@pytest.mark.parametrize("failure", ["_refusal", "_trouble"])
-def test_who_waits_for_an_upload_goes_on_when_it_fails(job, checkpoint, monkeypatch, failure):
-    asked = []
-    publisher, bus = start(replace(job, waits=True), None, Reported(), should_stop=lambda: asked.append(1) or True)
-    monkeypatch.setattr(
-        publisher, "_enqueue", lambda u: (publisher._waiting.append(u), setattr(publisher, failure, "no"))
-    )
-    bus.emit(CheckpointSaved(10, checkpoint(10)))
-    assert len(publisher._waiting) == 1
-    assert asked == []
-    publisher._waiting.clear()
-    bus.close()
 
 
 def test_an_upload_that_the_hub_refuses_ends_with_its_own_exit_code_and_the_command(hub, api, job):

@@ -10,6 +10,7 @@ import socket
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ from simpletuner.reporting.webhooks.outbox import Outbox
 from simpletuner.reporting.webhooks.sender import Patience, Sender, Timing
 from simpletuner.reporting.webhooks.sink import WebhookSink
 from simpletuner.reporting.webhooks.spool import Spool
-from simpletuner.reporting.webhooks.transport import Deadlines
+from simpletuner.reporting.webhooks.transport import Deadlines, DeliveryFailed
 from tests.events import step_done
 from tests.receiver import Receiver, receiver, wait_until
 
@@ -437,3 +438,15 @@ def test_the_oldest_message_goes_first_from_the_disk_or_from_memory(tmp_path: Pa
     assert [notice.severity for notice in notices] == ["warning"]
     assert "cannot be read; moved to" in notices[0].text
     assert [path.name for path in (tmp_path / "refused").iterdir()] == [f"{0:020d}-damaged.json"]
+
+
+@pytest.mark.parametrize(("seconds", "must_wait"), [(None, False), (0.0, False), (30.0, True)])
+def test_only_a_pause_that_the_service_asks_for_is_not_cut_short(
+    tmp_path: Path, seconds: float | None, must_wait: bool
+) -> None:
+    sender = Sender(
+        "one", raw("http://127.0.0.1:9"), Spool(tmp_path, tmp_path), QUICK, lambda: ("", ""), lambda _: None
+    )
+    outcome: Any = SimpleNamespace(exception=lambda: DeliveryFailed("busy", seconds))
+    sender._failed(SimpleNamespace(outcome=outcome, attempt_number=1))  # type: ignore[arg-type]
+    assert sender._must_wait is must_wait
