@@ -229,3 +229,17 @@ def test_faults_of_an_options_file_have_the_line_that_an_editor_shows(tmp_path: 
         read_yaml(path)
     [problem] = caught.value.problems
     assert problem.line == 5  # where the file ends, and a quote should
+
+
+@pytest.mark.parametrize(
+    ("written", "trackers"),
+    [
+        ("[tensorboard, wandb]", "tensorboard,wandb"),
+        ("[wandb]", "wandb"),
+        ("tensorboard", "tensorboard"),
+        ("[]", "none"),
+    ],
+)
+def test_trackers_are_one_name_or_a_list(tmp_path: Path, written: str, trackers: str) -> None:
+    config = translated(tmp_path, MINIMAL.replace("name: mine", f"name: mine\nlogger: {{log_with: {written}}}")).config
+    assert config["report_to"] == trackers

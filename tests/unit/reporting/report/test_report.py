@@ -28,7 +28,7 @@ from simpletuner.reporting.events import (
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
-from simpletuner.reporting.report.record import RunRecord, read_contact, read_run
+from simpletuner.reporting.report.record import RunRecord, _images, read_contact, read_run
 from simpletuner.reporting.report.view import checkpoints_of, commands_of, spread, tiles_of, times_of, view_of
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
@@ -343,4 +343,23 @@ def test_the_next_commands_are_those_of_the_state_of_the_run(tmp_path: Path):
         ("Start the same run again", "simpletuner train a"),
         curves,
         update,
+    ]
+
+
+def test_images_of_a_report_are_those_that_are_there_and_no_sheets(tmp_path: Path):
+    for name in ("a", "b", "sheet"):
+        (tmp_path / f"{name}.png").write_bytes(b"an image")
+    size = {"shortname": "cat", "width": 64, "height": 32, "prompt": "a cat"}
+    run = RunRecord(tmp_path)
+    made = [
+        {"path": str(tmp_path / "a.png"), "kind": "live", **size},
+        {"path": str(tmp_path / "b.png"), "kind": "ema", "index": 1, **size},
+        {"path": str(tmp_path / "sheet.png"), "kind": "grid", **size},
+        {"path": str(tmp_path / "gone.png"), "kind": "live", **size},
+        "no image",
+    ]
+    found = _images(run, {"step": 20, "pictures": made})
+    assert [(each.path.name, each.step, each.kind, each.row, each.prompt) for each in found] == [
+        ("a.png", 20, "live", "cat (64x32)", "a cat"),
+        ("b.png", 20, "ema", "cat (64x32, no. 2)", "a cat"),
     ]
