@@ -12,6 +12,7 @@ import sqlite3
 import ssl
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -285,3 +286,14 @@ def test_a_folder_counts_though_the_one_that_it_replaces_cannot_be_removed(tmp_p
             (folder / "a").write_text(text)
     assert (tmp_path / "folder" / "a").read_text() == "new"
     assert storage.verify_dir(tmp_path / "folder") == []
+
+
+def test_no_file_stays_open_that_was_written_or_brought_to_the_disk(tmp_path):
+    def write(name):
+        storage.write_bytes(tmp_path / name, b"1")
+        storage.save_tensors(tmp_path / f"{name}.safetensors", {}, {"of": "a test"})
+        with storage.commit_dir(tmp_path / f"folder of {name}") as folder:
+            (folder / "b").write_text("2")
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    assert write("first") == write("second") == write("third")

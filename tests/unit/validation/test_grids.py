@@ -93,7 +93,7 @@ def test_long_text_is_cut_to_the_width_and_short_text_is_kept():
     assert elided("short\ntext", 15, 200) == "short text"
 
 
-def test_a_row_of_images_that_are_all_damaged_leaves_an_empty_place():
+def test_a_row_whose_images_are_all_missing_leaves_an_empty_place():
     for cell, side in ((None, 192), (64, 64)):
         sheet = comparison_sheet(["base"], [SheetRow("first", [None])], cell=cell)
         assert sheet.size == (20 + side + 20, 20 + 31 + 27 + side + 12 + 20)

@@ -29,7 +29,15 @@ from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
 from simpletuner.reporting.report.record import RunRecord, _images, read_contact, read_run
-from simpletuner.reporting.report.view import checkpoints_of, commands_of, spread, tiles_of, times_of, view_of
+from simpletuner.reporting.report.view import (
+    checkpoints_of,
+    commands_of,
+    dataset_of,
+    spread,
+    tiles_of,
+    times_of,
+    view_of,
+)
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -363,3 +371,21 @@ def test_images_of_a_report_are_those_that_are_there_and_no_sheets(tmp_path: Pat
         ("a.png", 20, "live", "cat (64x32)", "a cat"),
         ("b.png", 20, "ema", "cat (64x32, no. 2)", "a cat"),
     ]
+
+
+def test_of_a_dataset_the_report_has_the_share_that_passed_each_filter(tmp_path: Path):
+    counts = {"found": 8, "readable": 6, "large_enough": 4, "captioned": 4, "bucketed": 2, "per_epoch": 1234}
+    skipped = {"reason": "too small", "count": 2, "examples": ["a", "b", "c", "d"]}
+    report = {"id": "cats", **counts, "sizes": {"64x64": 1, "96x64": 3}, "set_aside": [skipped, "no reason"]}
+    found = dataset_of(RunRecord(tmp_path), report, Embedder(1))
+    assert found["stages"] == [
+        ("found", 1.0, "8"),
+        ("readable", 0.75, "6"),
+        ("large enough", 0.5, "4"),
+        ("captioned", 0.5, "4"),
+        ("used", 0.25, "2"),
+    ]
+    assert (found["name"], found["per_epoch"]) == ("cats", "1,234")
+    assert found["sizes"] == [("96x64", 3), ("64x64", 1)]
+    assert found["skipped"] == [{"count": "2", "reason": "too small", "examples": "a, b, c"}]
+    assert dataset_of(RunRecord(tmp_path), {"id": "none"}, Embedder(1))["stages"][0] == ("found", 0.0, "0")
