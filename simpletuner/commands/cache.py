@@ -146,7 +146,7 @@ def prune(loaded: LoadedRun, say: Say, dry_run: bool = False, others: bool = Fal
         num_unused = len(set(store.keys()) - keep)
         if not dry_run:
             num_bytes += store.prune(keep) + _remove(folder.quarantined)
-        aside = f" and {count_text(len(folder.quarantined), 'damaged file')}" if dry_run and folder.quarantined else ""
+        aside = f" and {count_text(len(folder.quarantined), 'damaged file')}" if folder.quarantined else ""
         say(f"{folder.label}: {would} {num_unused} of {held.num_entries} entries{aside}")
     if not dry_run:
         say(f"{bytes_text(num_bytes)} freed")

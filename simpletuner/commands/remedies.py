@@ -61,6 +61,10 @@ def _losses(dataset: Dataset) -> Iterator[str]:
 def _what_to_do(reason: str) -> str:
     if reason.startswith("smaller than"):
         return "lower minimum_image_size, or take larger images"
+    if reason.startswith("its width / height"):
+        return "crop it, or widen minimum_aspect_ratio and maximum_aspect_ratio"
+    if reason.startswith("would grow"):
+        return "raise max_upscale_threshold, lower resolution, or take larger images"
     if reason.startswith("its aspect"):
         return "crop it, or set crop with crop_aspect square"
     if reason.startswith("caption file"):

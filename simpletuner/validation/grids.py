@@ -45,8 +45,9 @@ def comparison_sheet(
     fit = fit_cell if cell is None else functools.partial(scaled_to_side, side=cell)
     shown = [[None if image is None else fit(image) for image in row.images] for row in rows]
     sizes = [image.size for row in shown for image in row if image is not None]
-    cell_width = max([cell or SMALLEST_CELL, *(width for width, _ in sizes)])
-    row_heights = [max([0, *(image.height for image in row if image is not None)]) for row in shown]
+    smallest = cell or SMALLEST_CELL
+    cell_width = max([smallest, *(width for width, _ in sizes)])
+    row_heights = [max((image.height for image in row if image is not None), default=smallest) for row in shown]
 
     label_height, heading_height = LABEL_SIZE + 12, HEADING_SIZE + 14
     top = MARGIN + (TITLE_SIZE + 18 if title else 0)

@@ -60,7 +60,7 @@ def make_images(
     generated: dict[int, GeneratedImage] = {}
     with torch.no_grad():
         for (height, width, _, settings), group in groupby(order, key=shared):
-            for chunk in _chunks(list(group), max(1, batch_size)):
+            for chunk in _chunks(list(group), batch_size):
                 asked = [requests[index] for index in chunk]
                 arguments = settings.arguments()
                 if any(request.references for request in asked):

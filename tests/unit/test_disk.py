@@ -9,7 +9,10 @@ import os
 import re
 import socket
 import sqlite3
+import ssl
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -26,7 +29,7 @@ from simpletuner.disk import (
     is_writable,
     reported_as_disk_errors,
 )
-from simpletuner.errors import EXIT_DATA, Problem
+from simpletuner.errors import EXIT_DATA, DataError, Problem
 from simpletuner.tempnames import StaleName, new_sibling, parse_name
 
 NETWORK = {errno.EPIPE, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET}
@@ -46,7 +49,16 @@ def test_every_errno_of_a_write_is_reported_with_its_file(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), OSError("no number"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        ssl.SSLError(errno.EPERM, "a certificate, whose number is none of a disk"),
+        socket.gaierror(errno.ENOENT, "no such host"),
+        OSError("no number"),
+        ValueError("x"),
+    ],
+)
 def test_what_is_no_disk_is_no_disk_error(error):
     assert disk_error(error) is None
     with pytest.raises(type(error)), reported_as_disk_errors():
@@ -156,10 +168,20 @@ def test_a_database_in_memory_has_the_content_of_the_file_or_nothing(tmp_path):
         assert copied.execute("SELECT b FROM a").fetchall() == [(8,)]
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT b FROM a").fetchall() == [(7,)]
+    torn = tmp_path / "torn"
+    torn.write_bytes(path.read_bytes().replace(b"CREATE TABLE a", b"CREATE TABBE a"))
     path.write_bytes(b"no database" * 500)
-    for name in (path, tmp_path / "none"):
+    for name in (path, torn, tmp_path / "none"):
         with contextlib.closing(copy_in_memory(name)) as empty:
             assert empty.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+def test_a_database_in_memory_serves_all_threads_whatever_its_file_was(tmp_path):
+    (tmp_path / "damaged").write_bytes(b"no database" * 500)
+    with ThreadPoolExecutor(1) as pool:
+        for name in ("damaged", "none"):
+            with contextlib.closing(copy_in_memory(tmp_path / name)) as database:
+                assert pool.submit(lambda opened: opened.execute("SELECT 1").fetchone(), database).result() == (1,)
 
 
 def test_a_file_can_be_made_where_the_nearest_folder_that_is_there_can_be_written(tmp_path, monkeypatch):
@@ -234,3 +256,44 @@ def test_a_left_over_tells_its_machine_process_kind_and_name(tmp_path):
 def test_what_another_machine_has_just_renamed_may_still_be_worked_on(tmp_path):
     foreign = StaleName("0" * 8, os.getpid(), 0, None)
     assert foreign.is_owner_alive(tmp_path / "gone")
+
+
+def test_a_tensor_file_without_tensors_is_whole_and_one_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    storage.save_tensors(path, {}, {"of": "an optimizer before its first step"})
+    assert storage.read_tensor_metadata(path) == {"of": "an optimizer before its first step"}
+    with pytest.raises(DataError, match=r"none\.safetensors: cannot be read: No such file"):
+        storage.read_tensor_metadata(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", None])
+def test_a_lock_makes_its_folder_and_is_held_whatever_its_holder_left_of_its_name(tmp_path, damage):
+    lock = tmp_path / "not" / "there" / "lock"
+    with storage.exclusive_lock(lock, "training"):
+        holder = lock.with_name("lock.holder")
+        holder.unlink() if damage is None else holder.write_bytes(damage)
+        with (
+            pytest.raises(DataError, match="training into a: another process already does this"),
+            storage.exclusive_lock(lock, "training into a"),
+        ):
+            pass
+
+
+def test_a_folder_counts_though_the_one_that_it_replaces_cannot_be_removed(tmp_path, monkeypatch):
+    for text in ("old", "new"):
+        monkeypatch.setattr("os.rmdir", lambda *given, **keys: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
+        with storage.commit_dir(tmp_path / "folder") as folder:
+            (folder / "a").write_text(text)
+    assert (tmp_path / "folder" / "a").read_text() == "new"
+    assert storage.verify_dir(tmp_path / "folder") == []
+
+
+def test_no_file_stays_open_that_was_written_or_brought_to_the_disk(tmp_path):
+    def write(name):
+        storage.write_bytes(tmp_path / name, b"1")
+        storage.save_tensors(tmp_path / f"{name}.safetensors", {}, {"of": "a test"})
+        with storage.commit_dir(tmp_path / f"folder of {name}") as folder:
+            (folder / "b").write_text("2")
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    assert write("first") == write("second") == write("third")

@@ -87,6 +87,7 @@ def test_a_deviation_that_is_infinite_makes_an_image_unusable():
     assert encoding._is_finite(LatentMoments(mean))
     assert not encoding._is_finite(LatentMoments(mean, mean + torch.inf))
     assert not encoding._is_finite(LatentMoments(mean + torch.nan, mean))
+    assert not encoding._is_finite(LatentMoments(mean - torch.inf))
 
 
 def test_what_is_complete_is_so_for_one_version_one_encoder_and_one_set(cache, monkeypatch):

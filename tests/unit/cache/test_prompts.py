@@ -169,3 +169,13 @@ def test_what_is_encoded_amid_training_is_computed_as_before_it(family: Any) -> 
         assert len(list(encode(family, requests("a dog")))) == 1
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False]
+
+
+def test_one_thread_at_a_time_looks_prompts_up_and_encodes_them(cache: PromptCache, family: Any, monkeypatch) -> None:
+    prompts, encode_prompts, held = CachedPrompts(cache), family.encode_prompts, []
+    monkeypatch.setattr(
+        family, "encode_prompts", lambda *given: (held.append(prompts._lock.locked()), encode_prompts(*given))[1]
+    )
+    prompts.embeds(["a dog"])
+    assert held == [True]
+    assert not prompts._lock.locked()

@@ -216,6 +216,9 @@ def test_prune_keeps_what_it_is_asked_and_frees_the_rest(folder):
         assert freed > 0
         assert store.keys() == ["key1", "key2"]
         assert torch.equal(store.get("key2")["std"], entry(2)["std"])
+        left = shard_files(folder)
+        assert store.prune(["key1", "key2", "key9"]) == store.prune(["key1", "key2"]) == 0
+        assert shard_files(folder) == left  # what is kept whole is not written again
 
 
 def test_a_reader_survives_a_prune_by_somebody_else(folder):
@@ -399,3 +402,16 @@ def test_a_forked_child_opens_the_index_once(folder, monkeypatch):
         monkeypatch.setattr(store_module.os, "getpid", lambda: child)
         assert ["key0" in store, "key1" in store, "key2" in store] == [True, True, False]
         assert opened == [folder]
+
+
+def test_a_store_that_is_closed_twice_closes_no_file_that_was_opened_since(folder, tmp_path):
+    store = TensorStore(folder)
+    store.put_many(entries(1))
+    store.get("key0")
+    descriptor = next(iter(store._open_shards.values()))
+    store.close()
+    os.dup2(other := os.open(tmp_path, os.O_RDONLY), descriptor)  # the number is taken by a file of somebody else
+    store.close()
+    os.fstat(descriptor)
+    for each in {other, descriptor}:
+        os.close(each)

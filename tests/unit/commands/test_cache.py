@@ -68,7 +68,7 @@ def test_prune_removes_what_no_dataset_uses_and_nothing_else(folder, capsys):
     assert "in use: 6, unused: 1, still to encode: 0" in lines_of(cache.stats, folder)
     assert "would remove 1 of 7" in lines_of(cache.prune, folder, True)
     assert len(shards(folder)) == 1
-    assert "removed 1 of 7" in lines_of(cache.prune, folder)
+    assert "removed 1 of 7 entries\n" in lines_of(cache.prune, folder)
     assert "in use: 6, unused: 0, still to encode: 0" in lines_of(cache.stats, folder)
     capsys.readouterr()
     cache.build(load_here(folder))

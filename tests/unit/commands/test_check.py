@@ -17,7 +17,7 @@ from PIL import Image
 
 from simpletuner.commands.captions import check_captions
 from simpletuner.commands.check import Steps, check, check_dataset, count_steps, gather, sorted_sizes
-from simpletuner.commands.contact_sheet import wrapped
+from simpletuner.commands.contact_sheet import MARGIN, TITLE_SIZE, render_sheet, wrapped
 from simpletuner.commands.remedies import _small_buckets
 from simpletuner.data.holdout import place_of
 from simpletuner.data.tiles import choose_images, spread
@@ -326,3 +326,42 @@ def test_a_size_that_its_repeats_fill_needs_no_remedy() -> None:
     [line] = _small_buckets(SimpleNamespace(repeats=1, filter_report=report), 4)
     assert line.startswith("1 size with fewer images than a batch of 4 (128x64: 1): repeats 3 fills it")
     assert list(_small_buckets(SimpleNamespace(repeats=3, filter_report=report), 4)) == []
+
+
+def test_the_sheet_has_its_title_within_its_margins():
+    titled, plain = (np.asarray(render_sheet(title, []).convert("L")) for title in ("my images", ""))
+    rows, columns = (np.flatnonzero((titled != plain).any(axis=axis)) for axis in (1, 0))
+    assert MARGIN <= rows[0] < rows[-1] < MARGIN + 1.5 * TITLE_SIZE
+    assert MARGIN <= columns[0] < columns[-1] < titled.shape[1] - MARGIN
+
+
+def test_each_filter_that_leaves_images_out_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    for name, width, height in (("fits", 64, 64), ("long", 256, 64), ("small", 32, 32), ("grows", 48, 48)):
+        image(folder / f"images/{name}.png", width, height, "a ramp")
+    (folder / "images/torn.png").write_bytes((folder / "images/fits.png").read_bytes()[:60])
+    (folder / "images/torn.txt").write_text("a ramp")
+    limits = {"minimum_image_size": 40, "maximum_aspect_ratio": 2.0, "max_upscale_threshold": 0.2}
+    write_run(folder, omnigen_folder, [dataset("images", crop=True, crop_aspect="square", **limits)])
+    [each] = gather(load_here(folder)).datasets
+    found = {line.rpartition("(")[2].rstrip(")"): line for line in each.remedies if " not used, " in line}
+    assert found.keys() == {"long.png", "small.png", "grows.png", "torn.png"}
+    remedies = {name.partition(".")[0]: line.rpartition(": ")[2].rpartition(" (")[0] for name, line in found.items()}
+    assert remedies == {
+        "long": "crop it, or widen minimum_aspect_ratio and maximum_aspect_ratio",
+        "small": "lower minimum_image_size, or take larger images",
+        "grows": "raise max_upscale_threshold, lower resolution, or take larger images",
+        "torn": "replace the file, or move it away",
+    }
+
+
+def test_a_reference_of_another_shape_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
+    folder = tmp_path / "run"
+    for name, width in (("images/a.png", 64), ("images/b.png", 64), ("sources/a.png", 64), ("sources/b.png", 96)):
+        image(folder / name, width, 64, "a ramp")
+    sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_strict"}
+    data = [dataset("images", conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
+    write_run(folder, omnigen_folder, data)
+    [each] = gather(load_here(folder)).datasets
+    (line,) = [line for line in each.remedies if "reference" in line]
+    assert line.endswith("make them alike, or set conditioning_type to reference_loose (b.png)")

@@ -254,9 +254,16 @@ def test_where_a_step_is_cheap_it_is_measured_and_nothing_is_written(folder):
     )
 
 
-def test_another_machines_gpu_is_compared_with_and_nothing_is_timed(folder):
+def test_another_machines_gpu_is_compared_with_and_nothing_is_timed(folder, monkeypatch):
+    devices, choose = [], planning.with_activation_memory
+    monkeypatch.setattr(
+        planning,
+        "with_activation_memory",
+        lambda loaded, device: (devices.append(str(device)), choose(loaded, device))[1],
+    )
     here = planning.make_plan(load_here(folder), probe=False)
     there = planning.make_plan(load_here(folder), probe=True, other_gpu=8 << 30)
+    assert devices == ["cpu", "cuda"]
     assert there.available == 8 << 30
     assert there.model.endswith("on a GPU with 8.0 GiB")
     assert rows(there) == rows(here)
@@ -422,6 +429,10 @@ def test_one_checkpoint_more_than_is_kept_is_on_the_disk_while_it_is_written(fol
     found = planning.disk_rows(load_here(folder, *options), shapes, (0, 0), 100)
     assert found[0].num_bytes == 4 * (400 + 800 + 800)
     assert planning.disk_rows(load_here(folder, *options), shapes, (0, 0), 4)[0].num_bytes == 2 * (400 + 800 + 800)
+    for is_averaged, checkpoint, final in ((True, 2000, 800), (False, 1200, 400)):
+        options = (f"--use_ema={is_averaged}", "--checkpoint_step_interval=0", "--checkpoint_keep_best=false")
+        found = planning.disk_rows(load_here(folder, *options), shapes, (0, 7), 100)
+        assert [row.num_bytes for row in found] == [7, checkpoint, final, planning.LOG_BYTES]
 
 
 def test_an_average_takes_four_bytes_a_weight(folder, omnigen_folder):

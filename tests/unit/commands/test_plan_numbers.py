@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simpletuner.commands import plan as planning
-from simpletuner.commands.text import short_count
+from simpletuner.commands.text import columns, short_count
 
 
 def test_a_count_begins_each_unit_at_one() -> None:
@@ -39,3 +39,8 @@ def test_of_a_long_epoch_batches_are_counted_all_along_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(planning, "MAX_BATCHES", 2)
     loads = planning.count_loads([], SimpleNamespace(batches_in=lambda epoch: 4, batch=batch))  # type: ignore[arg-type]
     assert {(load.height, load.width): count for load, count in loads.items()} == {(64, 64): 1, (64, 128): 1}
+
+
+def test_columns_are_as_wide_as_their_widest_text() -> None:
+    assert columns([("a", "1"), ("long", "22"), ("b", "3")]) == ["  a      1", "  long  22", "  b      3"]
+    assert columns([]) == []

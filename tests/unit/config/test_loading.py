@@ -229,10 +229,12 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
     workspace.write()
     for name, seed in (("config/other/config.json", 11), ("config.json", 12), ("elsewhere/mine.json", 13)):
         workspace.put(name, {**workspace.config, "seed": seed})
+    start_up = workspace.put("home/.shrc", "alias ll='ls -l'")
     found = {
         "ENV=other": 11,
         "SIMPLETUNER_ENV=other": 11,
         "ENV=default": 42,
+        f"ENV={start_up}": 42,  # as shells know it
         "CONFIG_PATH=elsewhere/mine.json": 13,
         "CONFIG_PATH=elsewhere/mine": 13,
         "CONFIG_PATH=config/other": 11,
@@ -242,7 +244,13 @@ def test_the_file_is_chosen_by_the_environment(workspace: Workspace) -> None:
         name, _, value = choice.partition("=")
         workspace.environment = {name: value} if name else {}
         assert workspace.load().config.training.seed == seed, choice
-    for choice in ("ENV=missing", "CONFIG_PATH=missing", "CONFIG_BACKEND=toml", "CONFIG_BACKEND=yaml"):
+    for choice in (
+        "ENV=missing",
+        f"SIMPLETUNER_ENV={start_up}",
+        "CONFIG_PATH=missing",
+        "CONFIG_BACKEND=toml",
+        "CONFIG_BACKEND=yaml",
+    ):
         name, _, value = choice.partition("=")
         workspace.environment = {name: value}
         assert value in workspace.fails().render()

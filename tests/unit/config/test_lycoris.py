@@ -65,6 +65,7 @@ def test_targets_of_the_family_are_accepted(lycoris: dict[str, Any]) -> None:
             '"dim"',
         ),
         (preset(module_algo_map={"Attention": 4}), "apply_preset.module_algo_map.Attention", "not a JSON object"),
+        (preset(module_algo_map=["Attention"]), "apply_preset.module_algo_map", "not a JSON object"),
         ({"algo": "lokrr"}, "algo", 'did you mean "lokr"?'),
         ({"algo": "tlora"}, "algo", "cannot be trained"),
         ({"algo": "dylora", "linear_dim": 6}, "linear_dim", "not a multiple of block_size, which is 4"),

@@ -98,3 +98,41 @@ def test_a_nickname_names_a_file_that_no_other_image_has(nickname: str, is_taken
     """On some disks names that differ in capitals only are one."""
     prompts, problems = read_prompt_library(parse_json(json.dumps({nickname: "a prompt"}), "library.json"))
     assert (list(prompts) == [nickname], not problems) == (is_taken, is_taken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "entry", "key", "message"),
+    [
+        (
+            {"eval_holdout": 0.1, "eval_steps_interval": 10},
+            {"dataset_type": "eval"},
+            "eval_holdout",
+            'there is an eval dataset already ("e")',
+        ),
+        (
+            {"eval_steps_interval": 10},
+            {"dataset_type": "eval", "is_regularisation_data": True},
+            "e.is_regularisation_data",
+            "an eval dataset is never trained on",
+        ),
+        (
+            {"model_family": "sana", "validation_preview": True},
+            {},
+            "validation_preview",
+            "there is no tiny autoencoder for Sana",
+        ),
+        (
+            {"validation_prompt": None, "evaluation_type": "clip"},
+            {},
+            "evaluation_type",
+            "clip scores validation images, and validation generates none",
+        ),
+    ],
+)
+def test_what_has_nothing_to_work_on_is_refused(
+    workspace: Workspace, changes: dict[str, Any], entry: dict[str, Any], key: str, message: str
+) -> None:
+    workspace.config |= changes
+    if entry:
+        workspace.datasets.append({"id": "e", "instance_data_dir": "datasets/images", **entry})
+    assert (key, message) in [(problem.key, problem.message) for problem in workspace.fails_written().problems]

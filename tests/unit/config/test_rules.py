@@ -49,6 +49,7 @@ def test_the_sound_configuration_breaks_no_rule(workspace: Workspace) -> None:
         ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint", "output/run/checkpoint-7"),
         ({"output_dir": "datasets/images/out"}, "output_dir", 'lies in the images of dataset "images"'),
         ({"output_dir": "config/config.json/x"}, "output_dir", "is a file"),
+        ({"output_dir": "/proc/run"}, "output_dir", '"/proc" cannot be written'),
         ({"pretrained_model_name_or_path": "./gone"}, "pretrained_model_name_or_path", "there is no model folder"),
         ({"publishing_config": {"type": "s3"}}, "publishing_config", "only the Hugging Face Hub is built"),
         ({"push_checkpoints_to_hub": True}, "push_checkpoints_to_hub", "no effect without push_to_hub"),

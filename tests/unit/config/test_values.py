@@ -122,14 +122,18 @@ def test_what_is_written_means(read: Reader, written: Any, value: Any) -> None:
         *[(read_sigmas, value, "to 1000") for value in ("-0.1", 1001, [])],
         *[(read_arguments, value, "name=value") for value in ("eps", "=1")],
         (read_arguments, "{", "is not JSON"),
+        (read_arguments, 0.5, "or an object"),
         *[(read_interval, value, "above 0") for value in (0, "-1", "1.5")],
         *[(read_memory, value, "above 0") for value in ("0", -1)],
         (read_path, "x" * 256, "too long"),
         (read_path, "a\0b", "NUL"),
+        (read_path, 7, "must be a path, as text"),
+        (read_path, "~nobody-of-this-name/x", "home folder of a user who does not exist"),
         *[(parse_sizes, value, "8 to 16384") for value in ("7", "16385", "1024x7", "7x1024")],
         (parse_sizes, "axb", "is not a size"),
         (parse_sizes, " , ", "names no size"),
         (read_aspect_buckets, [0], "above 0"),
+        (read_aspect_buckets, {"aspect_bucket": 1}, "must be a list"),
         (read_aspect_buckets, [{"aspect_bucket": 1, "weight": -0.1}], "below 0"),
         (read_aspect_buckets, [{"weight": 1}], "without aspect_bucket"),
         (read_aspect_buckets, [{"aspect_bucket": 1, "weigt": 1}], 'did you mean "weight"'),
@@ -167,6 +171,21 @@ def test_a_file_of_edits_has_one_on_each_line_or_is_a_list(tmp_path: Path) -> No
     (tmp_path / "b.JSON").write_text('["one", ""]')
     assert read_filter_file(tmp_path / "a.txt") == ("one", "s/a/b/")
     assert read_filter_file(tmp_path / "b.JSON") == ("one", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"one": "two"}', "is not a list of texts"),
+        (b'["one", 2]', "is not a list of texts"),
+        (b'["one"', "is not JSON"),
+        (b'["one \xff"]', "UTF-8"),
+    ],
+)
+def test_a_file_of_edits_that_is_no_list_of_texts_says_so(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_filter_file(tmp_path / "a.json")
 
 
 def test_patterns_of_modules_meet_where_one_path_fits_both() -> None:

@@ -50,6 +50,8 @@ def test_each_form_gives_the_same_webhook(workspace: Workspace, form: str) -> No
         ({"webhook_url": f"https://h/{CANARY}"}, "webhook_url", 'write "callback_url"'),
         ({"auth_token": "a", "auth_token_file": "token"}, "auth_token_file", "keep one"),
         ({"auth_token_file": "gone"}, "auth_token_file", "no file of this name"),
+        ({"auth_token_file": "blank"}, "auth_token_file", "is empty"),
+        ({"auth_token_file": "bytes"}, "auth_token_file", "UTF-8"),
         ({"auth_token": f"{CANARY}\n{CANARY}"}, "auth_token", "no header"),
         ({"auth_token": "${GONE}"}, "auth_token", "GONE is not set"),
         ({"auth_tokn": CANARY}, "auth_tokn", 'did you mean "auth_token"'),
@@ -61,6 +63,8 @@ def test_what_is_wrong_is_reported_without_secrets(
     workspace: Workspace, changes: dict[str, Any], key: str, words: str
 ) -> None:
     workspace.put("token", "t")
+    workspace.put("blank", " \n")
+    workspace.put("bytes", "").write_bytes(b"t\xff")
     workspace.config["webhook_config"] = "config/webhook.json"
     workspace.put("config/webhook.json", [DISCORD, RAW | changes])
     (problem,) = workspace.fails_written().problems

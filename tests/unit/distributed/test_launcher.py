@@ -190,6 +190,46 @@ def test_who_saves_after_another_has_left_on_a_signal_is_given_time(monkeypatch)
     assert saving.returncode == 143
 
 
+class Played:
+    """A process that ends by itself with `code` when it has been looked at so often; None never does."""
+
+    def __init__(self, looks: float, code: int = 0, on_term: int | None = None):
+        self.looks, self.code, self.on_term = looks, code, on_term
+        self.returncode: int | None = None
+        self.pid, self.signals = id(self), []
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        if self.returncode is None and self.looks < 0:
+            self.returncode = self.code
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+        if number == signal.SIGKILL:
+            self.returncode = -number
+        elif self.on_term is not None:
+            self.returncode = self.on_term
+
+
+def test_one_that_answers_is_waited_for_though_another_is_frozen(monkeypatch):
+    """It may be the one that saves; when it has ended, the frozen one is killed."""
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.0)
+    frozen, answers = Played(float("inf")), Played(30)
+    monkeypatch.setattr(launcher, "is_frozen", lambda pid: pid == frozen.pid)
+    assert launcher._wait([frozen, answers], [signal.SIGTERM], print) == 0
+    assert (answers.returncode, answers.signals) == (0, [])
+    assert frozen.returncode == -signal.SIGKILL
+
+
+def test_the_cause_stays_the_first_that_failed_and_the_others_are_asked_once(monkeypatch):
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(launcher, "is_frozen", lambda pid: False)
+    leaves, failed, saves = Played(float("inf"), on_term=143), Played(5, code=3), Played(30, code=143)
+    assert launcher._wait([leaves, failed, saves], [], print) == 1
+    assert (leaves.signals, failed.signals, saves.signals) == ([signal.SIGTERM], [], [signal.SIGTERM])
+
+
 def test_ranks_count_through_the_machines():
     layouts = [launcher.Layout(num_processes=4, num_machines=3, machine_rank=rank) for rank in range(3)]
     ranks = [launcher._rank(layout, local) for layout in layouts for local in range(4)]

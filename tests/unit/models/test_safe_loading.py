@@ -220,6 +220,24 @@ def test_convert_writes_the_tensors_of_a_pickle(tmp_path: Path, wrap: Callable) 
         convert(tmp_path / "weights.ckpt", None)
 
 
+def test_convert_gives_each_layer_of_a_lora_its_alpha_where_the_file_has_none(tmp_path: Path) -> None:
+    pair = {f"{layer}.lora_{side}.weight": torch.ones(2, 2) for layer in ("a", "b") for side in "AB"}
+    cases = {
+        "lora": pair,
+        "own": {**pair, "a.alpha": torch.tensor(4.0)},
+        "kohya": {"a.lora_down.weight": torch.ones(2, 2)},
+    }
+    for name, tensors in cases.items():
+        torch.save(tensors, tmp_path / f"{name}.pt")
+    found = load_file(convert(tmp_path / "lora.pt", None, 8.0))
+    assert found.keys() == {*pair, "a.alpha", "b.alpha"}
+    assert found["a.alpha"] == found["b.alpha"] == 8
+    for name, words in (("own", "has alpha already"), ("kohya", "holds no LoRA of PEFT's names")):
+        with pytest.raises(ConfigError, match=words):
+            convert(tmp_path / f"{name}.pt", None, 8.0)
+        assert not (tmp_path / f"{name}.safetensors").exists()
+
+
 def test_convert_takes_a_folder_of_files_that_are_one_tensor(tmp_path: Path, marker: Path) -> None:
     for number, name in enumerate(("0_en.pt", "deeper/1_en.pt", "done.pt")):
         path = tmp_path / "embeddings" / name

@@ -326,9 +326,13 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     with running() as server:
         _, page, headers = ask(server, "GET", "/")
         assert "default-src 'none'" in headers["Content-Security-Policy"]
+        kept = ("X-Content-Type-Options", "Referrer-Policy", "X-Frame-Options")
+        assert [headers[name] for name in kept] == ["nosniff", "no-referrer", "DENY"]
         for path in ("/monitor.js", "/chart.js", "/monitor.css", "/icon.svg"):
-            status, text, _ = ask(server, "GET", path)
+            status, text, headers = ask(server, "GET", path)
             assert status == 200
+            kinds = {"/monitor.css": "text/css; charset=utf-8", "/icon.svg": "image/svg+xml"}
+            assert headers["Content-Type"] == kinds.get(path, headers["Content-Type"])
             page += text
         assert b"https://" not in page
         assert b"innerHTML" not in page

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from simpletuner.reporting.events import (
+    CheckpointSaved,
     EvalDone,
+    Event,
+    ImagesScored,
     Notice,
     PhaseDone,
     PhaseProgress,
     PhaseStarted,
+    RunFailed,
     RunFinished,
     RunStarted,
     StepDone,
@@ -225,3 +229,47 @@ def test_a_short_line_has_the_loss_the_pace_and_the_time_left():
     assert step_facts(event, pace, is_short=True) == "loss 0.2500  2 s/step  14 s left"
     assert step_facts(event, pace) == "loss 0.2500  lr 1.00e-04  grad 1.5  2 s/step  14 s left  6.2 GB"
     assert [number_text(index) for index in (0, 1)] == ["", ", no. 2"]
+
+
+BOLD, RED, YELLOW = "\x1b[1m", "\x1b[31m", "\x1b[33m"
+
+
+@pytest.mark.parametrize(
+    ("event", "line", "color"),
+    [
+        (PhaseStarted("caching", 3), "caching (3)", ""),
+        (PhaseDone("caching", 2.0, "3 new"), "caching done in 2.0 s: 3 new", ""),
+        (EvalDone(3, {"a": 1.0}, 1.0), "eval loss at step 3: 1.0000", ""),
+        (
+            EvalDone(3, {"a": 1.0, "b": 3.0}, 2.0, reference=2.5),
+            "eval loss at step 3: 2.0000 (a 1.0000, b 3.0000; base model 2.5000)",
+            "",
+        ),
+        (EvalDone(0, {"a": 1.0}, 1.0, reference=1.0), "eval loss at step 0: 1.0000", ""),
+        (ImagesScored(4, "clip", {"live/a": 30.0, "live/b": 31.0}, 30.5), "clip score at step 4: 30.50 (2 images)", ""),
+        (CheckpointSaved(5, "c"), "checkpoint saved at step 5: c", ""),
+        (CheckpointSaved(5, "c", is_new=False), "checkpoint already saved at step 5: c", ""),
+        (CheckpointSaved(5, "c", 0.25), "best checkpoint so far saved at step 5, eval loss 0.2500: c", ""),
+        (Notice("info", "so it is"), "so it is", ""),
+        (Notice("warning", "look"), "warning: look", YELLOW),
+        (Notice("error", "no"), "error: no", RED),
+        (RunFailed(6, "no", 3), "the run ended early at step 6 (exit code 3)", RED),
+        (RunStarted("a", Path("b"), 7), "run a: 7 steps, output in b", BOLD),
+        (RunStarted("a", Path("b"), 7, 2), "run a: 7 steps, output in b\nresumes after step 2", BOLD),
+        (RunFinished(7, 2.0), "finished 7 steps in 2.0 s", BOLD),
+        (RunFinished(7, 2.0, {"a": "b", "cd": "e"}), "finished 7 steps in 2.0 s\n  a   b\n  cd  e", BOLD),
+        (RunFinished(7, 2.0, {}, ("x",)), "finished 7 steps in 2.0 s\nto generate images with it:\n  x", BOLD),
+    ],
+)
+def test_an_event_is_told_in_these_words_and_in_its_color(
+    monkeypatch: pytest.MonkeyPatch, event: Event, line: str, color: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\n".join(describe(event)) == line
+    stream = FakeTerminal()
+    sink = LiveSink(stream)
+    sink.handle(event)
+    sink.close()
+    shown = [each for each in stream.getvalue().splitlines() if line.split("\n")[0] in each]
+    if not isinstance(event, PhaseStarted):
+        assert [[code for code in (BOLD, RED, YELLOW) if code in each] for each in shown] == [[color] if color else []]

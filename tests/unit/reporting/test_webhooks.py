@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import socket
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +36,10 @@ from simpletuner.reporting.webhooks.encoding import Body
 from simpletuner.reporting.webhooks.images import Attachment
 from simpletuner.reporting.webhooks.messages import words_for
 from simpletuner.reporting.webhooks.outbox import Outbox
-from simpletuner.reporting.webhooks.sender import Patience, Timing
+from simpletuner.reporting.webhooks.sender import Patience, Sender, Timing
 from simpletuner.reporting.webhooks.sink import WebhookSink
-from simpletuner.reporting.webhooks.transport import Deadlines
+from simpletuner.reporting.webhooks.spool import Spool
+from simpletuner.reporting.webhooks.transport import Deadlines, DeliveryFailed
 from tests.events import step_done
 from tests.receiver import Receiver, receiver, wait_until
 
@@ -410,3 +413,40 @@ def test_a_curve_that_could_not_be_sent_stays_in_the_order_of_its_steps() -> Non
 def test_a_large_request_gets_a_second_more_for_each_256_kib() -> None:
     content, image = b"x" * (256 << 10), Attachment("a.png", "image/png", b"x" * (512 << 10))
     assert Deadlines(total=15.0).of(Body(content, [image])) == 18
+
+
+def test_the_oldest_message_goes_first_from_the_disk_or_from_memory(tmp_path: Path) -> None:
+    """A damaged one between them is told, moved away and missed."""
+    notices: list[Notice] = []
+    sender = Sender(
+        "one", raw("http://127.0.0.1:9"), Spool(tmp_path, tmp_path), QUICK, lambda: ("", ""), notices.append
+    )
+    (tmp_path / f"{0:020d}-damaged.json").write_text("{")
+    urgent, ordinary = (words_for(each, "", "")[0] for each in (RunFinished(7, 1.0), RunStarted("", Path("out"), 20)))
+    for created, message in zip((1.0, 2.0, 3.0, 4.0), (urgent, ordinary) * 2, strict=True):
+        sender.outbox.put(replace(message, id=str(created), created=created))
+
+    async def take() -> float | None:
+        if (delivery := sender._next_delivery()) is None:
+            return None
+        if delivery.file is not None:
+            sender.spool.remove(delivery.file)
+        sender.outbox.remove(delivery.message)
+        return delivery.message.created
+
+    assert [asyncio.run(take()) for _ in range(5)] == [1.0, 2.0, 3.0, 4.0, None]
+    assert [notice.severity for notice in notices] == ["warning"]
+    assert "cannot be read; moved to" in notices[0].text
+    assert [path.name for path in (tmp_path / "refused").iterdir()] == [f"{0:020d}-damaged.json"]
+
+
+@pytest.mark.parametrize(("seconds", "must_wait"), [(None, False), (0.0, False), (30.0, True)])
+def test_only_a_pause_that_the_service_asks_for_is_not_cut_short(
+    tmp_path: Path, seconds: float | None, must_wait: bool
+) -> None:
+    sender = Sender(
+        "one", raw("http://127.0.0.1:9"), Spool(tmp_path, tmp_path), QUICK, lambda: ("", ""), lambda _: None
+    )
+    outcome: Any = SimpleNamespace(exception=lambda: DeliveryFailed("busy", seconds))
+    sender._failed(SimpleNamespace(outcome=outcome, attempt_number=1))  # type: ignore[arg-type]
+    assert sender._must_wait is must_wait

@@ -95,8 +95,8 @@ def test_nobody_waits_and_a_second_one_is_not_started_beside_it(scripts: Scripts
 
 
 def test_what_it_prints_is_kept_and_a_missing_program_is_reported(scripts: Scripts, tmp_path: Path) -> None:
-    scripts.make(python("print('drawn')")).start(1)
-    assert wait_for(tmp_path / LOG_FILE) == "drawn\n"
+    scripts.make(python("import sys; print('drawn', file=sys.stderr, flush=True); print('twice')")).start(1)
+    assert wait_for(tmp_path / LOG_FILE).startswith("drawn\n")  # what goes to standard output may follow later
     assert scripts.make("no-such-program-here").start(1) == []
     assert "cannot be started" in scripts.reported[0]
 
@@ -104,5 +104,7 @@ def test_what_it_prints_is_kept_and_a_missing_program_is_reported(scripts: Scrip
 def test_it_waits_for_the_first_checkpoint_where_it_asks_for_one(scripts: Scripts) -> None:
     assert scripts.make("generate {local_checkpoint_path}").start(1) == []
     assert scripts.reported == ["step 1: there is no checkpoint yet; validation_external_script was not started"]
-    scripts.make("draw").run(None, None, None, 0)
+    scripts.make("no-such-program-here").run(None, None, None, 0)
     assert len(scripts.reported) == 1
+    scripts.make("no-such-program-here").run(None, None, None, 1)
+    assert "cannot be started" in scripts.reported[1]

@@ -64,6 +64,12 @@ def test_the_words_of_a_sheet_stand_over_what_they_name(monkeypatch):
         ((20, 51), "first", "#6b7785", 15, 268),
         ((20, 218), "second", "#6b7785", 15, 268),
     ]
+    wide = [Image.new("RGB", (300, 128)), Image.new("RGB", (128, 256))]  # as large as they are
+    assert comparison_sheet(["base", "step 10"], [SheetRow("first", wide)]).size == (
+        20 + 300 + 12 + 300 + 20,
+        20 + 31 + 27 + 256 + 12 + 20,
+    )
+    del written[4:]
     comparison_sheet(["base"], [], "title")
     assert written[4:] == [((20, 20), "title", "#1f2933", 22, 192), ((20, 60), "base", "#1f2933", 17, 192)]
 
@@ -85,3 +91,10 @@ def test_long_text_is_cut_to_the_width_and_short_text_is_kept():
     assert cut.endswith("…")
     assert font.getlength(cut) <= 200 < font.getlength(cut[:-1] + "xx…")
     assert elided("short\ntext", 15, 200) == "short text"
+
+
+def test_a_row_whose_images_are_all_missing_leaves_an_empty_place():
+    for cell, side in ((None, 192), (64, 64)):
+        sheet = comparison_sheet(["base"], [SheetRow("first", [None])], cell=cell)
+        assert sheet.size == (20 + side + 20, 20 + 31 + 27 + side + 12 + 20)
+        assert (np.asarray(sheet)[78 : 78 + side, 20 : 20 + side] == (0xF1, 0xF3, 0xF5)).all()

@@ -242,13 +242,16 @@ def test_a_failure_costs_the_images_and_not_the_run(setup: Setup, monkeypatch: p
     assert setup.denoiser.training
 
 
-def test_a_sheet_that_the_disk_refuses_costs_the_sheet_and_no_image(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("error", [DataError("the disk is full"), OSError("the disk is full")])
+def test_a_sheet_that_the_disk_refuses_costs_the_sheet_and_no_image(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
     monkeypatch.setattr("simpletuner.validation.files.RETRY_SECONDS", 0.0)
     real = storage.write_bytes
 
     def write_bytes(path: Path, data: bytes) -> None:
         if path.name.endswith("_sheet.png"):
-            raise DataError("the disk is full")
+            raise error
         real(path, data)
 
     monkeypatch.setattr("simpletuner.validation.files.write_bytes", write_bytes)

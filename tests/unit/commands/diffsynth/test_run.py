@@ -19,6 +19,7 @@ from simpletuner.commands.diffsynth.flags import parse, parser_of
 from simpletuner.commands.diffsynth.run import Translation, import_run, translate
 from simpletuner.commands.diffsynth.scripts import SCRIPTS
 from simpletuner.commands.diffsynth.targets import lora_target
+from simpletuner.commands.diffsynth.weights import _of_one_path
 from simpletuner.config.loading import load_run
 from simpletuner.data.buckets import BucketRules, bucket_size
 from simpletuner.data.datasets import build_datasets
@@ -345,3 +346,9 @@ def test_the_page_s_commands_and_flags_are_those_of_the_scripts(page: str) -> No
         if word not in text and not word.startswith(("--modelscope", "--swanlab"))
     ]
     assert unnamed == []
+
+
+@pytest.mark.parametrize("place", ["some-one/a-model", "models/a folder"])
+def test_what_is_no_single_file_names_the_model_itself(tmp_path: Path, place: str) -> None:
+    script = next(iter(SCRIPTS.values()))
+    assert _of_one_path(script, place, tmp_path, print) == {"pretrained_model_name_or_path": place}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters.files import apply_adapter_file
 from simpletuner.commands.omnigen2.convert import convert_checkpoint
@@ -34,10 +35,14 @@ def answer(denoiser: torch.nn.Module) -> torch.Tensor:
         return denoiser(*INPUTS)
 
 
-def test_a_whole_state_becomes_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("pytorch_model_fsdp.bin", torch.save), ("model.safetensors", save_file), ("MODEL.PT", torch.save)],
+)
+def test_a_whole_state_becomes_a_folder_that_diffusers_loads(tmp_path: Path, name: str, save: Any) -> None:
     denoiser = tiny_omnigen2_transformer(seed=5)
-    torch.save(denoiser.state_dict(), tmp_path / "pytorch_model_fsdp.bin")
-    saved = convert_checkpoint(options(tmp_path), tmp_path / "pytorch_model_fsdp.bin", tmp_path / "transformer", print)
+    save(denoiser.state_dict(), tmp_path / name)
+    saved = convert_checkpoint(options(tmp_path), tmp_path / name, tmp_path / "transformer", print)
     again = OmniGen2Transformer2DModel.from_pretrained(saved).eval()
     torch.testing.assert_close(again.state_dict(), denoiser.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(answer(again), answer(denoiser))

@@ -154,6 +154,10 @@ def test_a_cosine_ends_with_the_run(tmp_path: Path) -> None:
         ("do_shift: true", "time_shift_version: v3, do_shift: true", ['"v3" is not a shift', "v1, v2"]),
         ("data_path: mix.yml", "data_path: mix.yml, use_chat_template: false", ["chat template"]),
         ("data_path: mix.yml", "data_path: mix.yml, maximum_text_tokens: 512", ["512 cannot be set", "888"]),
+        ("max_input_pixels: 1048576", "max_input_pixels: []", ["is not a list of pixel counts"]),
+        ("max_input_pixels: 1048576", "max_input_pixels: [4096, 0]", ["is not a list of pixel counts"]),
+        ("max_input_pixels: 1048576", "max_input_pixels: 0", ["is not a list of pixel counts"]),
+        ("max_input_pixels: 1048576", "max_input_pixels: [a]", ["is not a list of pixel counts"]),
         ("1e-18", "1e-5", ["a warm-up begins at 0"]),
         ("name: mine", "", ["name: it is missing"]),
         ("batch_size: 2", "batch_size: 2, lr_scheduler: piecewise_constant", ["not a supported schedule"]),
@@ -225,3 +229,17 @@ def test_faults_of_an_options_file_have_the_line_that_an_editor_shows(tmp_path: 
         read_yaml(path)
     [problem] = caught.value.problems
     assert problem.line == 5  # where the file ends, and a quote should
+
+
+@pytest.mark.parametrize(
+    ("written", "trackers"),
+    [
+        ("[tensorboard, wandb]", "tensorboard,wandb"),
+        ("[wandb]", "wandb"),
+        ("tensorboard", "tensorboard"),
+        ("[]", "none"),
+    ],
+)
+def test_trackers_are_one_name_or_a_list(tmp_path: Path, written: str, trackers: str) -> None:
+    config = translated(tmp_path, MINIMAL.replace("name: mine", f"name: mine\nlogger: {{log_with: {written}}}")).config
+    assert config["report_to"] == trackers

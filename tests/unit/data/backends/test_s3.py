@@ -132,6 +132,8 @@ def test_buckets_of_one_name_at_two_stores_are_not_one_tree(server: S3) -> None:
 def test_an_endpoint_without_a_scheme_is_refused(server: S3) -> None:
     with pytest.raises(ConfigError, match=r"things\.aws_endpoint_url"):
         backend(server, endpoint_url="store.example.org")
+    for address in ("https://store.example.org", "http://store.example.org:9000"):
+        assert backend(server, endpoint_url=address).identity == f"{address} s3://images/some/where"
 
 
 @pytest.mark.parametrize("address", ["http://me:secret@store.example.org", "me:secret@store.example.org"])

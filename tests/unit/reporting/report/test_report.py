@@ -28,8 +28,16 @@ from simpletuner.reporting.events import (
 from simpletuner.reporting.report import write_report
 from simpletuner.reporting.report.curves import _base_loss
 from simpletuner.reporting.report.images import Embedder
-from simpletuner.reporting.report.record import RunRecord, read_run
-from simpletuner.reporting.report.view import checkpoints_of, tiles_of, times_of
+from simpletuner.reporting.report.record import RunRecord, _images, read_contact, read_run
+from simpletuner.reporting.report.view import (
+    checkpoints_of,
+    commands_of,
+    dataset_of,
+    spread,
+    tiles_of,
+    times_of,
+    view_of,
+)
 from simpletuner.reporting.sinks.jsonl import JsonlSink
 from tests.events import step_done
 
@@ -300,3 +308,84 @@ def test_times_are_shown_longest_first_as_shares_of_the_longest(tmp_path: Path):
         ("loading", 0.25, "1.0 s"),
     ]
     assert times_of(RunRecord(tmp_path)) == []
+
+
+def test_images_that_the_run_kept_are_listed_by_dataset_as_far_as_their_table_can_be_read(tmp_path: Path):
+    (tmp_path / "1").write_bytes(b"an image")
+    assert read_contact(tmp_path) == {}
+    shown = [
+        {"dataset": "cats", "file": "1", "caption": "a cat", "note": "cut"},
+        {"dataset": "cats", "file": 1},
+        {"dataset": "dogs", "file": "elsewhere/1"},
+        {"dataset": "dogs", "file": "gone"},
+        {"dataset": "dogs"},
+        "no image",
+    ]
+    (tmp_path / "pictures.json").write_text(json.dumps(shown))
+    path = tmp_path / "1"
+    assert read_contact(tmp_path) == {"cats": [(path, "a cat", "cut"), (path, "", "")], "dogs": [(path, "", "")]}
+    (tmp_path / "pictures.json").write_text('{"dataset": "cats"}')
+    assert read_contact(tmp_path) == {}
+
+
+def test_what_is_too_much_for_the_page_is_counted_or_spread_over_the_run(tmp_path: Path):
+    for count, more in ((60, 0), (61, 1), (63, 3)):
+        warnings = [f"warning {number}" for number in range(count)]
+        view = view_of(RunRecord(tmp_path, warnings=warnings))
+        assert view["warnings"] == {"shown": warnings[:60], "num_more": more}
+    assert spread([1, 2, 3], 3) == [1, 2, 3]
+    assert spread([10, 20, 30, 40, 50], 3) == [10, 30, 50]
+    assert spread([10, 20, 30, 40, 50, 60, 70], 2) == [10, 70]
+
+
+def test_the_next_commands_are_those_of_the_state_of_the_run(tmp_path: Path):
+    update = ("Update this page", f"simpletuner report {tmp_path}")
+    assert commands_of(RunRecord(tmp_path)) == [update]
+    (tmp_path / "logs").mkdir()
+    run = RunRecord(tmp_path, start={"run_name": "a"}, lock={"command": "simpletuner train a"})
+    curves = ("Open the curves in TensorBoard", f"tensorboard --logdir {tmp_path / 'logs'}")
+    assert commands_of(run) == [("Resume from the last checkpoint", "simpletuner train a"), curves, update]
+    run.end = {"event": "run_finished", "commands": ["simpletuner generate"]}
+    assert commands_of(run) == [
+        ("Generate images with the trained weights", "simpletuner generate"),
+        ("Start the same run again", "simpletuner train a"),
+        curves,
+        update,
+    ]
+
+
+def test_images_of_a_report_are_those_that_are_there_and_no_sheets(tmp_path: Path):
+    for name in ("a", "b", "sheet"):
+        (tmp_path / f"{name}.png").write_bytes(b"an image")
+    size = {"shortname": "cat", "width": 64, "height": 32, "prompt": "a cat"}
+    run = RunRecord(tmp_path)
+    made = [
+        {"path": str(tmp_path / "a.png"), "kind": "live", **size},
+        {"path": str(tmp_path / "b.png"), "kind": "ema", "index": 1, **size},
+        {"path": str(tmp_path / "sheet.png"), "kind": "grid", **size},
+        {"path": str(tmp_path / "gone.png"), "kind": "live", **size},
+        "no image",
+    ]
+    found = _images(run, {"step": 20, "pictures": made})
+    assert [(each.path.name, each.step, each.kind, each.row, each.prompt) for each in found] == [
+        ("a.png", 20, "live", "cat (64x32)", "a cat"),
+        ("b.png", 20, "ema", "cat (64x32, no. 2)", "a cat"),
+    ]
+
+
+def test_of_a_dataset_the_report_has_the_share_that_passed_each_filter(tmp_path: Path):
+    counts = {"found": 8, "readable": 6, "large_enough": 4, "captioned": 4, "bucketed": 2, "per_epoch": 1234}
+    skipped = {"reason": "too small", "count": 2, "examples": ["a", "b", "c", "d"]}
+    report = {"id": "cats", **counts, "sizes": {"64x64": 1, "96x64": 3}, "set_aside": [skipped, "no reason"]}
+    found = dataset_of(RunRecord(tmp_path), report, Embedder(1))
+    assert found["stages"] == [
+        ("found", 1.0, "8"),
+        ("readable", 0.75, "6"),
+        ("large enough", 0.5, "4"),
+        ("captioned", 0.5, "4"),
+        ("used", 0.25, "2"),
+    ]
+    assert (found["name"], found["per_epoch"]) == ("cats", "1,234")
+    assert found["sizes"] == [("96x64", 3), ("64x64", 1)]
+    assert found["skipped"] == [{"count": "2", "reason": "too small", "examples": "a, b, c"}]
+    assert dataset_of(RunRecord(tmp_path), {"id": "none"}, Embedder(1))["stages"][0] == ("found", 0.0, "0")
