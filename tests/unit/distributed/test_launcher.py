@@ -150,36 +150,6 @@ def test_who_is_stopped_is_not_waited_for_once_a_signal_came(others):
     assert len(said) == (0 if left else 1)
 
 
-class Rank:
-    """A process that is asked `looks` times whether it runs before it ends; what it was sent is noted."""
-
-    def __init__(self, pid: int, looks: float, code: int):
-        self.pid, self.looks, self.code = pid, looks, code
-        self.returncode: int | None = None
-        self.sent: list[int] = []
-
-    def poll(self) -> int | None:
-        self.looks -= 1
-        if self.returncode is None and self.looks < 0:
-            self.returncode = self.code
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        self.sent.append(number)
-        if number == signal.SIGKILL:
-            self.returncode = -number
-
-
-@pytest.mark.parametrize("looks", [10, 100])
-def test_one_that_saves_is_let_though_another_is_stopped(monkeypatch, looks):
-    monkeypatch.setattr(launcher, "is_frozen", lambda pid: pid == 1)
-    monkeypatch.setattr(launcher, "POLL_SECONDS", 0)
-    stopped, saving, said = Rank(1, float("inf"), 0), Rank(2, looks, 143), []
-    assert launcher._wait([stopped, saving], [signal.SIGTERM], said.append) == 1
-    assert (saving.returncode, saving.sent, said) == (143, [], [])
-    assert stopped.sent == [signal.SIGTERM, signal.SIGKILL]
-
-
 @pytest.mark.slow
 def test_who_saves_after_another_has_left_on_a_signal_is_given_time(monkeypatch):
     """The main process may still write what another need not wait for."""
@@ -212,13 +182,14 @@ class Played:
             self.returncode = self.on_term
 
 
-def test_one_that_answers_is_waited_for_though_another_is_frozen(monkeypatch):
-    """It may be the one that saves; when it has ended, the frozen one is killed."""
+@pytest.mark.parametrize(("code", "cause"), [(0, 0), (143, 1)])
+def test_one_that_saves_is_let_though_another_is_frozen(monkeypatch, code, cause):
+    """When it has ended, the frozen one is killed."""
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.0)
-    frozen, answers = Played(float("inf")), Played(30)
+    frozen, saves = Played(float("inf")), Played(30, code)
     monkeypatch.setattr(launcher, "is_frozen", lambda pid: pid == frozen.pid)
-    assert launcher._wait([frozen, answers], [signal.SIGTERM], print) == 0
-    assert (answers.returncode, answers.signals) == (0, [])
+    assert launcher._wait([frozen, saves], [signal.SIGTERM], lambda line: None) == cause
+    assert (saves.returncode, saves.signals) == (code, [])
     assert frozen.returncode == -signal.SIGKILL
 
 
