@@ -186,12 +186,8 @@ class TensorStore:
             if absent:
                 with storage.disk_errors(self.folder):
                     self.folder.mkdir(parents=True, exist_ok=True)
-                self._write({key: entries[key] for key in entries if key in absent})
-
-    def _write(self, entries: Mapping[str, Tensors]) -> None:
-        path, places = write_shard(self.folder, entries)
-        with contextlib.suppress(FileNotFoundError):  # another process has moved it already
-            self._index.note(path.name, path.stat(), places)
+                path = write_shard(self.folder, {key: entries[key] for key in entries if key in absent})
+                self._index.add(path.name)
 
     def verify(self) -> list[str]:
         """Read everything and compare; damaged entries are moved to quarantine.
@@ -256,7 +252,8 @@ class TensorStore:
             with contextlib.suppress(DamagedShard, FileNotFoundError):
                 sound[key] = load_entry(self._descriptor(shard), key, entry)
         if sound:
-            self._write(sound)
+            path = write_shard(self.folder, sound)
+            self._index.add(path.name)
 
     def _damaged_keys(self, shard: str) -> list[str]:
         damaged = []
