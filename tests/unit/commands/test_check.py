@@ -251,17 +251,27 @@ def test_references_stand_above_their_images(tmp_path, omnigen_folder):
     assert (folder / "output/check/check.html").read_text().count('src="data:image') == 2
 
 
-def test_a_missing_reference_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
+@pytest.mark.parametrize(
+    ("width_of_b", "begins", "ends"),
+    [
+        (None, "1 not used, no reference image in sources", "put one there, or move the image away (b.png)"),
+        (96, "1 ", "make them alike, or set conditioning_type to reference_loose (b.png)"),
+    ],
+    ids=["missing", "of another shape"],
+)
+def test_a_reference_that_cannot_be_used_has_a_remedy_of_its_own(tmp_path, omnigen_folder, width_of_b, begins, ends):
     folder = tmp_path / "run"
-    for name in ("images/a.png", "images/b.png", "sources/a.png"):
-        image(folder / name, 64, 64, "a ramp")
+    widths = {"images/a.png": 64, "images/b.png": 64, "sources/a.png": 64, "sources/b.png": width_of_b}
+    for name, width in widths.items():
+        if width is not None:
+            image(folder / name, width, 64, "a ramp")
     sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_strict"}
     data = [dataset("images", conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
     write_run(folder, omnigen_folder, data)
     [each] = gather(load_here(folder)).datasets
     (line,) = [line for line in each.remedies if "reference" in line]
-    assert line.startswith("1 not used, no reference image in sources")
-    assert line.endswith("put one there, or move the image away (b.png)")
+    assert line.startswith(begins)
+    assert line.endswith(ends)
 
 
 def test_a_check_that_fails_still_reports_what_became_of_every_file(tmp_path, omnigen_folder):
@@ -353,15 +363,3 @@ def test_each_filter_that_leaves_images_out_has_a_remedy_of_its_own(tmp_path, om
         "grows": "raise max_upscale_threshold, lower resolution, or take larger images",
         "torn": "replace the file, or move it away",
     }
-
-
-def test_a_reference_of_another_shape_has_a_remedy_of_its_own(tmp_path, omnigen_folder):
-    folder = tmp_path / "run"
-    for name, width in (("images/a.png", 64), ("images/b.png", 64), ("sources/a.png", 64), ("sources/b.png", 96)):
-        image(folder / name, width, 64, "a ramp")
-    sources = {"id": "sources", "dataset_type": "conditioning", "conditioning_type": "reference_strict"}
-    data = [dataset("images", conditioning_data="sources"), sources | {"instance_data_dir": "sources"}]
-    write_run(folder, omnigen_folder, data)
-    [each] = gather(load_here(folder)).datasets
-    (line,) = [line for line in each.remedies if "reference" in line]
-    assert line.endswith("make them alike, or set conditioning_type to reference_loose (b.png)")

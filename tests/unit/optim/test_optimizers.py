@@ -334,8 +334,8 @@ def test_the_state_of_another_run_is_refused() -> None:
     reshaped = {key: value[:1] if value.ndim else value for key, value in tensors.items()}
     with pytest.raises(DataError, match="1 x 80, not 64 x 80") as caught:
         load_optimizer_tensors(optimizer, parameters, reshaped, plain)
-    told = [problem.message.partition(" of ")[0] for problem in caught.value.problems]
-    assert set(told) == {"the optimizer state exp_avg", "the optimizer state exp_avg_sq"}
+    missing = [problem.message.partition(" of ")[0] for problem in caught.value.problems]
+    assert set(missing) == {"the optimizer state exp_avg", "the optimizer state exp_avg_sq"}
 
 
 def test_what_prodigy_has_found_of_its_rate_is_saved(tmp_path: Path) -> None:

@@ -416,7 +416,7 @@ def test_a_large_request_gets_a_second_more_for_each_256_kib() -> None:
 
 
 def test_the_oldest_message_goes_first_from_the_disk_or_from_memory(tmp_path: Path) -> None:
-    """A damaged one between them is told, moved away and missed."""
+    """A damaged one between them is reported, moved away and missed."""
     notices: list[Notice] = []
     sender = Sender(
         "one", raw("http://127.0.0.1:9"), Spool(tmp_path, tmp_path), QUICK, lambda: ("", ""), notices.append
