@@ -7,7 +7,10 @@ first start that resumes it adopts it.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +126,7 @@ class FolderGuard:
 
     def __init__(self, output_dir: Path):
         self.output_dir = output_dir
+        _keep_number(self)
         self._history = read_run_history(output_dir)
         self._place: tuple[int, int] | None = None
         self._place = self._look()
@@ -164,6 +168,12 @@ class FolderGuard:
         except OSError:  # a network that is away for a moment is no rename
             return self._place
         return found.st_dev, found.st_ino
+
+
+def _keep_number(guard: FolderGuard) -> None:
+    """Hold the folder open while `guard` lives: file systems give a deleted folder's number to the next new one."""
+    with contextlib.suppress(OSError):  # not there, or Windows, whose numbers are given once
+        weakref.finalize(guard, os.close, os.open(guard.output_dir, os.O_RDONLY))
 
 
 def history_of(manifest: storage.Manifest) -> RunHistory | None:

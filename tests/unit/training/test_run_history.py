@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,32 @@ def test_a_folder_without_a_history_that_is_replaced_is_noticed_until_one_is_wri
     assert not guard.is_there()
     storage.write_json(folder / "run_history.json", HISTORY.to_json())
     assert guard.is_there()  # a network that numbers its folders anew shows the same history
+
+
+def test_a_folder_that_is_deleted_and_made_again_is_noticed_on_a_disk_that_reuses_numbers():
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # ext4 gives the new folder the old one's number
+        folder = Path(name) / "output"
+        for _ in range(3):
+            folder.mkdir()
+            guard = FolderGuard(folder)
+            assert guard.is_there()
+            folder.rmdir()
+            folder.mkdir()
+            assert not guard.is_there()
+            folder.rmdir()
+
+
+def test_a_guard_that_is_gone_holds_no_folder_open(tmp_path: Path):
+    guard = FolderGuard(tmp_path)
+    assert open_folders(tmp_path) == 1
+    del guard
+    assert open_folders(tmp_path) == 0
+
+
+def open_folders(folder: Path) -> int:
+    """How many descriptors of this process are of a folder."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum(os.path.realpath(link) == str(folder.resolve()) for link in links)
 
 
 @pytest.mark.parametrize("what", ["file", "dangling link", "link to another disk"])
