@@ -32,7 +32,7 @@ def main() -> None:
         _report_end(error.render())
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_to_stderr("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # the last boundary: says what happened and ends the program
         if os.environ.get("SIMPLETUNER_DEBUG") == "1":
@@ -43,7 +43,7 @@ def main() -> None:
         _report_end(_report_unexpected(error))
         sys.exit(1)
     finally:
-        _let_go_of_stdout()
+        _let_go_of_streams()
 
 
 def require_system(platform: str) -> None:
@@ -94,12 +94,13 @@ def _report_end(text: str) -> None:
         print_to_stderr(text)
 
 
-def _let_go_of_stdout() -> None:
+def _let_go_of_streams() -> None:
     """`simpletuner train | head` ends as the run did: otherwise Python's own flush at exit fails with code 120."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # EPIPE, or EIO of a terminal that is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # EPIPE, or EIO of a terminal that is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report_unexpected(error: Exception) -> str:

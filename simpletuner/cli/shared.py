@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import inspect
@@ -130,8 +131,10 @@ def say(line: str) -> None:
 
 
 def print_to_stderr(line: str) -> None:
-    """To stderr: stdout holds what was asked for, and nothing else."""
-    print(for_terminal(pasteable(line)), file=sys.stderr)
+    """To stderr: stdout holds what was asked for, and nothing else. A terminal that is gone costs the line, and neither
+    the run nor its exit code."""
+    with contextlib.suppress(OSError):
+        print(for_terminal(pasteable(line)), file=sys.stderr)
 
 
 def say_for_all(line: str) -> None:

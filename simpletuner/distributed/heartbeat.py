@@ -124,7 +124,8 @@ class Heartbeat:
             if self.quiet(self.limit) and self._ended.wait(LAST_SECONDS) is False and (lost := self.quiet(self.limit)):
                 text = PeerLost(self.problem(lost)).render()
                 if not leave_last_words(text, os.environ):
-                    print(text, file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError):  # a terminal that is gone
+                        print(text, file=sys.stderr, flush=True)
                 os._exit(EXIT_DATA)
 
 

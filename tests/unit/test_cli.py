@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -165,16 +167,17 @@ def test_an_error_with_a_cause_shows_its_traceback_when_debugging(run, monkeypat
     assert "FileNotFoundError: [Errno 2]" in errors
 
 
-@pytest.mark.slow
-def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
-    program = (
-        "import sys, types, simpletuner.launch as launch, simpletuner.training.preflight as preflight\n"
+def train_program(train: str) -> str:
+    """`simpletuner train` as a program of its own, with these lines in place of the training."""
+    return (
+        "import os, sys, types, simpletuner.launch as launch, simpletuner.training.preflight as preflight\n"
+        "from simpletuner.errors import Interrupted\n"
         "from simpletuner.reporting.bus import EventBus\n"
         "from simpletuner.reporting.events import Notice\n"
-        "from simpletuner.reporting.sinks.terminal import PlainSink\n"
+        "from simpletuner.reporting.sinks.terminal import terminal_sink\n"
         "def train(loaded):\n"
-        "    bus = EventBus([PlainSink(sys.stdout)])\n"
-        "    for number in range(100_000): bus.emit(Notice('info', str(number)))\n"
+        "    bus = EventBus([terminal_sink()])\n"
+        f"{train}"
         "from simpletuner.config.options import TrainConfig\n"
         "config = TrainConfig.from_values({'model_family': 'omnigen', 'num_processes': 1})\n"
         "launch.load_arguments = lambda *words, **options: types.SimpleNamespace(config=config)\n"
@@ -185,6 +188,11 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
         "sys.argv = ['simpletuner', 'train']\n"
         "from simpletuner.cli import main; main()"
     )
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
+    program = train_program("    for number in range(100_000): bus.emit(Notice('info', str(number)))\n")
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
@@ -193,6 +201,33 @@ def test_a_reader_that_leaves_early_does_not_change_the_exit_code():
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("    raise Interrupted('stopped by SIGHUP: saved', 129)\n", 129),
+        ("    raise KeyboardInterrupt\n", 130),
+        ("    raise RuntimeError('a fault')\n", 1),
+        ("", 0),
+    ],
+)
+def test_a_terminal_that_is_gone_does_not_change_the_exit_code(end: str, code: int):
+    """As a lost ssh connection: whatever is written after it fails with EIO."""
+    # A terminal that hangs up ends its input; a read that begins later is refused.
+    wait = "    try:\n        while os.read(0, 1): pass\n    except OSError: pass\n"
+    program = train_program(
+        "    bus.emit(Notice('info', 'begun'))\n" + wait + "    bus.emit(Notice('info', 'on'))\n" + end
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while b"begun" not in shown:
+        shown += os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(timeout=300) == code
 
 
 @pytest.mark.parametrize(("environment", "said"), [({}, 1), ({"RANK": "1"}, 0), ({"RANK": "0", LIFELINE: "3"}, 0)])

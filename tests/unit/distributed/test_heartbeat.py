@@ -287,6 +287,20 @@ def test_a_process_whose_main_thread_waits_in_a_library_is_ended_with_its_reason
     assert ("process 1 of 2" in capsys.readouterr().err) is printed
 
 
+def test_a_process_is_ended_though_its_terminal_is_gone(clock, monkeypatch):
+    def refuse(*words, **options):
+        raise OSError(5, "Input/output error")
+
+    codes = []
+    monkeypatch.setattr(heartbeat, "leave_last_words", lambda text, environment: False)
+    monkeypatch.setattr(heartbeat.os, "_exit", codes.append)
+    monkeypatch.setattr(heartbeat, "print", refuse, raising=False)
+    beat = heartbeat.Heartbeat(0, 2, 60.0)
+    beat._answered, beat._seen, beat._ended = 100.0, {1: (b"", 30.0)}, Waits(3)
+    beat._end_if_lost(None)
+    assert codes == [3]
+
+
 def test_a_collective_is_waited_for_and_said_to_be_over(clock, monkeypatch):
     """By hand: it is asked more rarely the longer it takes, and the others are looked at after a beat."""
     slept, checked = [], []
