@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
@@ -23,6 +24,7 @@ def main() -> None:
     """Run the command line; errors that a user can fix print without a traceback."""
     hide_needless_lines()
     keep_freed_memory()
+    _escape_what_stdout_cannot_show()
     try:
         require_system(sys.platform)
         app()
@@ -92,6 +94,12 @@ def _report_end(text: str) -> None:
 
     if not leave_last_words(text, os.environ):
         print_to_stderr(text)
+
+
+def _escape_what_stdout_cannot_show() -> None:
+    """A caption that a terminal in Latin-1 has no letters for is shown with escapes, as Python does on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _let_go_of_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -188,6 +189,15 @@ def train_program(train: str) -> str:
         "sys.argv = ['simpletuner', 'train']\n"
         "from simpletuner.cli import main; main()"
     )
+
+
+def test_what_a_terminal_has_no_letters_for_is_escaped(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "argv", ["simpletuner", "examples", "list"])
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr("simpletuner.examples.example_summary", lambda name: "\xe9 \u2603")
+    assert exit_code_of(cli.main) == 0
+    assert b"\xe9 \\u2603" in shown.buffer.getvalue()
 
 
 @pytest.mark.slow
