@@ -24,7 +24,7 @@ def main() -> None:
     """Run the command line; errors that a user can fix print without a traceback."""
     hide_needless_lines()
     keep_freed_memory()
-    _escape_what_stdout_cannot_show()
+    _prepare_streams()
     try:
         require_system(sys.platform)
         app()
@@ -96,8 +96,17 @@ def _report_end(text: str) -> None:
         print_to_stderr(text)
 
 
-def _escape_what_stdout_cannot_show() -> None:
-    """A caption that a terminal in Latin-1 has no letters for is shown with escapes, as Python does on stderr."""
+def _prepare_streams() -> None:
+    """Open those of stdin, stdout and stderr that a service started this program without: the next file that is opened
+    would get the number, and whatever a library prints would be written into it. What stdout's encoding has no letters
+    for is shown with escapes, as Python does on stderr.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -191,6 +191,13 @@ def train_program(train: str) -> str:
     )
 
 
+@pytest.mark.slow
+def test_a_run_that_a_service_starts_without_streams_keeps_its_files_free_of_what_is_printed():
+    end = "    bus.emit(Notice('info', 'on'))\n    raise Interrupted('ended', 40 + os.open(os.devnull, os.O_RDONLY))\n"
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, train_program(end)]
+    assert subprocess.run(command, timeout=300, check=False).returncode > 42
+
+
 def test_what_a_terminal_has_no_letters_for_is_escaped(monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "argv", ["simpletuner", "examples", "list"])
