@@ -5,6 +5,7 @@ A newcomer has not activated the environment that `train.sh` made: there `simple
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import shlex
@@ -29,8 +30,10 @@ def program() -> str:
         return NAME
     if not script.exists():
         return f"{shlex.quote(sys.executable)} -m {NAME}"
-    here = Path.cwd()
-    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
+    with contextlib.suppress(FileNotFoundError):  # the working folder was deleted
+        here = Path.cwd()
+        script = script.relative_to(here) if script.is_relative_to(here) else script
+    return shlex.quote(str(script))
 
 
 def pasteable(text: str) -> str:

@@ -49,14 +49,20 @@ def main() -> None:
 
 
 def require_system(platform: str) -> None:
-    """Raise on a system where a run could not be ended, resumed or watched as promised.
+    """Raise where a run could not be ended, resumed or watched as promised.
 
     Raises:
-        ConfigError: on Windows, which has neither the signals nor the inherited pipes that runs depend on.
+        ConfigError: on Windows, which has neither the signals nor the inherited pipes that runs depend on, or in a
+            folder that was deleted.
     """
     if platform == "win32":
         fix = "run it in WSL2, which sees the GPU through the Windows driver (INSTALL.md, Windows)"
         raise ConfigError(Problem("simpletuner runs on Linux and macOS, not on Windows itself", fix=fix))
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        fix = "change into a folder that is there (cd)"
+        raise ConfigError(Problem("the working folder of this shell was deleted", fix=fix)) from None
 
 
 @app.callback(invoke_without_command=True)

@@ -133,8 +133,9 @@ def say(line: str) -> None:
 def print_to_stderr(line: str) -> None:
     """To stderr: stdout holds what was asked for, and nothing else. A terminal that is gone costs the line, and neither
     the run nor its exit code."""
+    text = for_terminal(pasteable(line))
     with contextlib.suppress(OSError):
-        print(for_terminal(pasteable(line)), file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def say_for_all(line: str) -> None:

@@ -198,6 +198,15 @@ def test_a_run_that_a_service_starts_without_streams_keeps_its_files_free_of_wha
     assert subprocess.run(command, timeout=300, check=False).returncode > 42
 
 
+def test_a_working_folder_that_was_deleted_is_named(run, tmp_path: Path):
+    tmp_path.rmdir()
+    assert run("examples", "list") == (
+        2,
+        "",
+        "the working folder of this shell was deleted\n  fix: change into a folder that is there (cd)\n",
+    )
+
+
 def test_what_a_terminal_has_no_letters_for_is_escaped(monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "argv", ["simpletuner", "examples", "list"])
