@@ -37,6 +37,9 @@ _MESSAGES = {
 # What may be over in a while, at the same place.
 _PASSING = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN))
 
+# What a file system answers that does not know what it is asked for.
+_UNKNOWN = frozenset((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM))
+
 # What a database raises; a message with the name of a damaged table is no text.
 DATABASE_ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
 _DAMAGED_CONTENT = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_MISMATCH)
@@ -77,6 +80,17 @@ def disk_error(error: BaseException, place: Path | None = None, what: str = "use
     named = place or getattr(error, "filename", None)
     file = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else None
     return DiskError(Problem(f"cannot be {what}: {message}", file=file, fix=fix), number)
+
+
+@contextlib.contextmanager
+def where_known() -> Iterator[None]:
+    """Inside is what some file systems do not know, and nothing that counts depends on: permissions (exFAT, shares of
+    Windows), or that a folder is written at once (some network mounts)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
 
 
 def is_damage(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.disk import disk_errors
+from simpletuner.disk import disk_errors, where_known
 from simpletuner.errors import DataError, Problem, bytes_text, error_text
 from simpletuner.tempnames import new_sibling, parse_name
 from simpletuner.text import printable, read_file, read_json_text, read_tensor_header
@@ -143,7 +143,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             yield written
             mode = temporary.stat().st_mode & 0o666
             for file in sorted(temporary.iterdir(), key=lambda each: each == written):
-                file.chmod(mode)
+                with where_known():
+                    file.chmod(mode)
                 if syncs:
                     _fsync_file(file)
                 _step("rename")
@@ -455,14 +456,13 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view[:_CHUNK_BYTES]) :]
 
 
-def _fsync_file(path: Path) -> None:
-    _step("fsync")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _fsync_dir(path: Path) -> None:
-    _step("fsync folder")
+    with where_known():
+        _fsync_file(path, "fsync folder")
+
+
+def _fsync_file(path: Path, step: str = "fsync") -> None:
+    _step(step)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

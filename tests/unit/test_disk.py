@@ -10,12 +10,14 @@ import re
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from simpletuner import storage, tempnames
 from simpletuner.cli.program import main
@@ -70,6 +72,43 @@ def test_a_cleanup_that_fails_too_does_not_hide_the_first_error(tmp_path, monkey
     monkeypatch.setattr("pathlib.Path.unlink", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
     with pytest.raises(DiskError, match="the disk reports an error"):
         storage.write_bytes(tmp_path / "a", b"1")
+
+
+def test_a_disk_without_permissions_that_cannot_sync_folders_serves(tmp_path, monkeypatch):
+    """exFAT answers EPERM to a mode that it cannot keep, some network mounts EINVAL to the fsync of a folder."""
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    def set_mode(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "chmod", set_mode)
+    storage.save_tensors(tmp_path / "one.safetensors", {"a": torch.ones(2)})
+    storage.write_json(tmp_path / "one.json", [1])
+    with storage.commit_dir(tmp_path / "checkpoint-1") as folder:
+        storage.write_json(folder / "two.json", [2])
+    assert storage.read_json(tmp_path / "one.json") == [1]
+    assert storage.verify_dir(tmp_path / "checkpoint-1") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "one.json", "one.safetensors"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_does_not_reach_the_disk_is_reported(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(DataError):
+        storage.write_json(tmp_path / "one.json", [1])
 
 
 def test_a_lock_is_held_on_a_disk_that_has_no_room_for_the_holder_s_name(tmp_path, monkeypatch):
