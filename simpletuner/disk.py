@@ -37,8 +37,8 @@ _MESSAGES = {
 # What may be over in a while, at the same place.
 _PASSING = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN))
 
-# What a file system answers that does not know what it is asked for.
-_UNKNOWN = frozenset((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM))
+# What a file system answers that does not support what it is asked for.
+_UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM))
 
 # What a database raises; a message with the name of a damaged table is no text.
 DATABASE_ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -83,13 +83,13 @@ def disk_error(error: BaseException, place: Path | None = None, what: str = "use
 
 
 @contextlib.contextmanager
-def where_known() -> Iterator[None]:
-    """Inside is what some file systems do not know, and nothing that counts depends on: permissions (exFAT, shares of
-    Windows), or that a folder is written at once (some network mounts)."""
+def where_supported() -> Iterator[None]:
+    """Go on where a file system does not support what is inside, on which nothing depends that counts: permissions
+    (exFAT, shares of Windows), or that a folder is written at once (some network mounts)."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNKNOWN:
+        if error.errno not in _UNSUPPORTED:
             raise
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner.disk import disk_errors, where_known
+from simpletuner.disk import disk_errors, where_supported
 from simpletuner.errors import DataError, Problem, bytes_text, error_text
 from simpletuner.tempnames import new_sibling, parse_name
 from simpletuner.text import printable, read_file, read_json_text, read_tensor_header
@@ -143,7 +143,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             yield written
             mode = temporary.stat().st_mode & 0o666
             for file in sorted(temporary.iterdir(), key=lambda each: each == written):
-                with where_known():
+                with where_supported():
                     file.chmod(mode)
                 if syncs:
                     _fsync_file(file)
@@ -457,7 +457,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _fsync_dir(path: Path) -> None:
-    with where_known():
+    with where_supported():
         _fsync_file(path, "fsync folder")
 
 
