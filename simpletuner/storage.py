@@ -146,7 +146,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
                 with where_supported():
                     file.chmod(mode)
                 if syncs:
-                    _fsync_file(file)
+                    _fsync(file)
                 _step("rename")
                 file.replace(path.with_name(file.name))
             _step("rmdir")
@@ -411,7 +411,7 @@ def _seal(folder: Path, metadata: Mapping[str, Any]) -> Manifest:
         if path.is_dir():
             folders.append(path)
             continue
-        _fsync_file(path)
+        _fsync(path)
         files[path.relative_to(folder).as_posix()] = (path.stat().st_size, file_digest(path))
     manifest = Manifest(files, json.loads(_json_bytes(dict(metadata))))
     for each in reversed(folders):
@@ -458,10 +458,10 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _fsync_dir(path: Path) -> None:
     with where_supported():
-        _fsync_file(path, "fsync folder")
+        _fsync(path, "fsync folder")
 
 
-def _fsync_file(path: Path, step: str = "fsync") -> None:
+def _fsync(path: Path, step: str = "fsync") -> None:
     _step(step)
     descriptor = os.open(path, os.O_RDONLY)
     try:
