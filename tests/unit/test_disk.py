@@ -111,6 +111,22 @@ def test_a_folder_that_does_not_reach_the_disk_is_reported(tmp_path, monkeypatch
         storage.write_json(tmp_path / "one.json", [1])
 
 
+def test_a_forked_process_writes_under_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempnames, "_start_second", lambda pid: pid)
+    tempnames._own_start_second.cache_clear()
+    mine = tempnames.new_sibling(tmp_path / "a", "tmp")
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.write(writing, tempnames.new_sibling(tmp_path / "a", "tmp").name.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    names = [parse_name(name) for name in (mine.name, os.read(reading, 200).decode())]
+    assert [(name.pid, name.start_second) for name in names] == [(os.getpid(), os.getpid()), (child, child)]
+    tempnames._own_start_second.cache_clear()
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_lock_is_held_on_a_disk_that_has_no_room_for_the_holder_s_name(tmp_path, monkeypatch):
     def refuse(name):
         raise OSError(errno.ENOSPC, "No space left on device")
