@@ -6,7 +6,7 @@ layout that a CPU is fastest with, and nothing else (`bare`); by `cache build` f
 decoding, crops, digests, writing); and by a plain loop that opens, encodes and saves one image after the other into a
 file each. Each round runs them all and gives one ratio of each pair; the median of the rounds counts, since the speed
 of a shared machine changes from minute to minute. The last line is JSON; the exit code is 1 when `cache build` is below
-`--goal` of the rate of diffusers, the independent one. `build_over_bare` tells what everything around the VAE costs.
+`--goal` of the rate of diffusers, the independent one. `build_over_bare` is what everything around the VAE costs.
 
 `thread_share` is `build_over_bare` in CPU time of the thread that encodes: what the rate comes to where the threads
 that read and write have a core of their own, which a busy machine does not show in seconds. `process_share` is that of

@@ -49,20 +49,14 @@ def main() -> None:
 
 
 def require_system(platform: str) -> None:
-    """Raise where a run could not be ended, resumed or watched as promised.
+    """Raise on a system where a run could not be ended, resumed or watched as promised.
 
     Raises:
-        ConfigError: on Windows, which has neither the signals nor the inherited pipes that runs depend on, or in a
-            folder that was deleted.
+        ConfigError: on Windows, which has neither the signals nor the inherited pipes that runs depend on.
     """
     if platform == "win32":
         fix = "run it in WSL2, which sees the GPU through the Windows driver (INSTALL.md, Windows)"
         raise ConfigError(Problem("simpletuner runs on Linux and macOS, not on Windows itself", fix=fix))
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        fix = "change into a folder that is there (cd)"
-        raise ConfigError(Problem("the working folder of this shell was deleted", fix=fix)) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -80,7 +74,12 @@ def _prepare_environment() -> None:
 
     forget_machine_numbers(os.environ)
     name = next((word.removeprefix("env=") for word in sys.argv if word.startswith("env=")), None)
-    found = variables_of_files(os.environ, Path.cwd(), name)
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        fix = "change into a folder that is there (cd)"
+        raise ConfigError(Problem("the working folder of this shell was deleted", fix=fix)) from None
+    found = variables_of_files(os.environ, here, name)
     os.environ.update(found.variables)
     for line in found.warnings:
         print_to_stderr(f"warning: {line}")

@@ -126,7 +126,7 @@ class FolderGuard:
 
     def __init__(self, output_dir: Path):
         self.output_dir = output_dir
-        _keep_number(self)
+        _hold_inode(self)
         self._history = read_run_history(output_dir)
         self._place: tuple[int, int] | None = None
         self._place = self._look()
@@ -170,9 +170,9 @@ class FolderGuard:
         return found.st_dev, found.st_ino
 
 
-def _keep_number(guard: FolderGuard) -> None:
-    """Hold the folder open while `guard` lives: file systems give a deleted folder's number to the next new one."""
-    with contextlib.suppress(OSError):  # not there, or Windows, whose numbers are given once
+def _hold_inode(guard: FolderGuard) -> None:
+    """Hold the folder open while `guard` lives: file systems give a deleted folder's inode to the next new one."""
+    with contextlib.suppress(OSError):  # not there, or Windows, which reuses none
         weakref.finalize(guard, os.close, os.open(guard.output_dir, os.O_RDONLY))
 
 

@@ -323,8 +323,8 @@ def test_a_folder_without_a_history_that_is_replaced_is_noticed_until_one_is_wri
     assert guard.is_there()  # a network that numbers its folders anew shows the same history
 
 
-def test_a_folder_that_is_deleted_and_made_again_is_noticed_on_a_disk_that_reuses_numbers():
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # ext4 gives the new folder the old one's number
+def test_a_folder_that_is_deleted_and_made_again_is_noticed_on_a_disk_that_reuses_inodes():
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # ext4 gives the new folder the old one's inode
         folder = Path(name) / "output"
         for _ in range(3):
             folder.mkdir()
